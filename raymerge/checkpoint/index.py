@@ -1,0 +1,125 @@
+"""What a checkpoint holds: every tensor's file, dtype, shape and place, from headers alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from raymerge.checkpoint.header import Entry, header_length, parse_header
+from raymerge.checkpoint.location import Location, resolve
+from raymerge.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read.
+
+    `tensors` maps a tensor's name to its file and entry, in the order of files and bytes;
+    `fingerprint` changes when a header, a size or a modification time does.
+    """
+
+    location: Location
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, Entry]]
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for _, entry in self.tensors.values())
+
+
+def open_checkpoint(text: str) -> Checkpoint:
+    """Read the headers of the checkpoint at a folder or hub id.
+
+    Raises CheckpointError if it is missing, incomplete, damaged, or has no safetensors.
+    """
+    location = resolve(text)
+    files = location.files()
+    shards = _shard_names(location, files)
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(lambda name: _read_header(location, name, files[name]), shards))
+    tensors: dict[str, tuple[str, Entry]] = {}
+    digest = hashlib.sha256(str(location).encode())
+    for name, (entries, raw) in zip(shards, headers, strict=True):
+        digest.update(name.encode() + raw)
+        for entry in entries:
+            if entry.name in tensors:
+                raise CheckpointError(f"{location}: {entry.name} stands in {tensors[entry.name][0]} and in {name}")
+            tensors[entry.name] = (name, entry)
+    if INDEX in files:
+        _check_index(location, tensors)
+    return Checkpoint(location, read_json(location, "config.json", files), tensors, digest.hexdigest())
+
+
+def read_json(location: Location, name: str, files: Mapping[str, int]) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises CheckpointError if it is missing or damaged."""
+    if name not in files:
+        raise CheckpointError(f"{location}: no {name}; a Hugging Face checkpoint folder is expected")
+    try:
+        found = json.loads(location.local_path(name).read_bytes())
+    except (ValueError, OSError) as problem:
+        raise CheckpointError(f"{location}: {name} cannot be read: {problem}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{location}: {name} holds a {type(found).__name__}, an object is expected")
+    return found
+
+
+def _shard_names(location: Location, files: Mapping[str, int]) -> list[str]:
+    if INDEX in files:
+        weight_map = read_json(location, INDEX, files).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{location}: {INDEX} has no weight_map of names to files; it is damaged")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if name not in files:
+                location.local_path(name)  # says if the name leaves the folder
+                raise CheckpointError(f"{location}: {name} is in the index but not in the folder")
+        return names
+    if SINGLE in files:
+        return [SINGLE]
+    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    found = f"found {', '.join(pickled)}, which are pickles and are not read; " if pickled else ""
+    raise CheckpointError(f"{location}: no {SINGLE} and no {INDEX}; {found}save it as safetensors")
+
+
+def _check_index(location: Location, tensors: Mapping[str, tuple[str, Entry]]) -> None:
+    weight_map = json.loads(location.local_path(INDEX).read_bytes())["weight_map"]
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name][0] != file:
+            raise CheckpointError(f"{location}: the index says {name} is in {file}, where it is not")
+
+
+def _read_header(location: Location, name: str, size: int) -> tuple[tuple[Entry, ...], bytes]:
+    """The entries of a shard, and bytes that identify it."""
+    where = f"{location}/{name}"
+    if location.is_hub:
+        head = _read_hub_header(location, name, size)
+        stamp = b""
+    else:
+        path = location.local_path(name)
+        try:
+            with path.open("rb") as file:
+                first = file.read(8)
+                head = file.read(header_length(first, size, where))
+                stamp = str(path.stat().st_mtime_ns).encode()
+        except OSError as problem:
+            raise CheckpointError(f"{where}: cannot be read: {problem.strerror}") from None
+    return parse_header(head, size, where), head + stamp + str(size).encode()
+
+
+def _read_hub_header(location: Location, name: str, size: int) -> bytes:
+    """Read a header on the hub by byte range, without downloading the file."""
+    from huggingface_hub import HfFileSystem
+
+    where = f"{location}/{name}"
+    try:
+        with HfFileSystem().open(f"{location.path}@{location.revision}/{name}", "rb", block_size=1 << 16) as file:
+            first = bytes(file.read(8))
+            return bytes(file.read(header_length(first, size, where)))
+    except OSError as problem:
+        raise CheckpointError(f"{where}: its header could not be read from the hub: {problem}") from None

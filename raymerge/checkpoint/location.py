@@ -1,0 +1,109 @@
+"""Where a checkpoint lies: a local folder, or a repository of the Hugging Face hub.
+
+`path/to/folder` or `org/name[@revision]`. A hub revision is resolved to a commit once, when a plan is
+made, so that all workers read the same bytes; files come from, and stay in, the hub's own cache.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from raymerge.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place that holds the files of a checkpoint. `revision` is a commit id for the hub, else None."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    @property
+    def is_hub(self) -> bool:
+        return self.revision is not None
+
+    def files(self) -> dict[str, int]:
+        """Names of the files at the top of the checkpoint, with their sizes in bytes."""
+        if self.is_hub:
+            return _hub_files(self)
+        return {
+            entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()
+        }
+
+    def local_path(self, name: str) -> Path:
+        """A local file with the contents of `name`; downloads it from the hub if it is not in the cache.
+
+        Raises CheckpointError if there is no such file or `name` leaves the checkpoint.
+        """
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or os.sep in name.replace("/", ""):
+            raise CheckpointError(f"{self}: file name {name!r} leaves its folder; the index is damaged or hostile")
+        if self.is_hub:
+            return _hub_download(self, name)
+        path = Path(self.path) / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; is the checkpoint complete?")
+        return path
+
+
+def resolve(text: str) -> Location:
+    """Find a checkpoint: a local folder if there is one of that name, else `org/name[@revision]` on the hub.
+
+    Raises CheckpointError if it is neither.
+    """
+    if "://" in text:
+        raise CheckpointError(f"{text}: object storage is not supported yet; copy the checkpoint to a folder")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return Location(str(folder.resolve()))
+    name, _, revision = text.partition("@")
+    if folder.is_absolute() or text.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{text}: no such folder, and not a hub id (org/name[@revision])")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        found = HfApi().model_info(name, revision=revision or None)
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{text}: no such folder, and the hub has no such repository for you") from None
+    except OfflineModeIsEnabled:
+        return Location(name, _cached_commit(name, revision or "main", text))
+    except (HfHubHTTPError, OSError, ValueError) as problem:
+        raise CheckpointError(f"{text}: no such folder, and the hub did not answer: {problem}") from None
+    return Location(name, found.sha)
+
+
+def _cached_commit(name: str, revision: str, text: str) -> str:
+    """The commit of a revision in the hub's cache, for work offline (HF_HUB_OFFLINE=1)."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(found, str):
+        raise CheckpointError(f"{text}: no such folder, and not in the hub's cache while offline")
+    return Path(found).parent.name
+
+
+def _hub_files(location: Location) -> dict[str, int]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(location.path, revision=location.revision, files_metadata=True)
+    except OfflineModeIsEnabled:
+        return Location(str(_hub_download(location, "config.json").parent)).files()
+    return {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
+
+
+def _hub_download(location: Location, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(location.path, name, revision=location.revision))
+    except EntryNotFoundError:
+        raise CheckpointError(f"{location}: no file {name}; is the checkpoint complete?") from None
+    except (HfHubHTTPError, OSError) as problem:
+        raise CheckpointError(f"{location}: {name} could not be downloaded: {problem}") from None

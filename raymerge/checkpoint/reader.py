@@ -1,0 +1,110 @@
+"""Read ranges of tensors into memory: no memory maps, so a process holds what it asked for and no more."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.location import Location
+from raymerge.errors import NonFiniteTensor, StorageError
+
+# The largest exponent means infinity or NaN: sign-less bits at or above this, by dtype.
+_NON_FINITE = {
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: a file of a checkpoint, the first byte, safetensors dtype name and shape."""
+
+    location: Location
+    file: str
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.location}/{self.file}: {self.name}"
+
+
+class Reader:
+    """Open files of checkpoints, shared by the tensors of one shard; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[Location, str], int] = {}
+        self.bytes_read = 0
+
+    def read(self, tensor: StoredTensor, first: int, count: int) -> Tensor:
+        """`count` entries of a tensor from entry `first` on, flat, in the stored dtype.
+
+        Raises StorageError if the file cannot be read, NonFiniteTensor if an entry is NaN or infinite.
+        """
+        dtype = DTYPES[tensor.dtype]
+        entries = torch.empty(count, dtype=dtype)
+        if count:
+            self._fill(entries, tensor, tensor.start + first * dtype.itemsize)
+            require_finite(entries, tensor)
+        return entries
+
+    def _fill(self, entries: Tensor, tensor: StoredTensor, offset: int) -> None:
+        buffer = memoryview(entries.view(torch.uint8).numpy())
+        done = 0
+        try:
+            handle = self._open(tensor)
+            while done < len(buffer):
+                got = os.preadv(handle, [buffer[done:]], offset + done)
+                if got == 0:
+                    raise StorageError(f"{tensor}: the file ends before the tensor does; it changed while merging")
+                done += got
+        except OSError as problem:
+            raise StorageError(f"{tensor}: cannot be read: {problem.strerror}") from None
+        self.bytes_read += done
+
+    def _open(self, tensor: StoredTensor) -> int:
+        key = (tensor.location, tensor.file)
+        if key not in self._files:
+            self._files[key] = os.open(local_path(*key), os.O_RDONLY)
+        return self._files[key]
+
+    def close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+
+
+@contextmanager
+def open_reader() -> Iterator[Reader]:
+    reader = Reader()
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+@lru_cache(maxsize=4096)
+def local_path(location: Location, file: str) -> str:
+    """`Location.local_path`, asked once per process and file."""
+    return str(location.local_path(file))
+
+
+def require_finite(entries: Tensor, tensor: StoredTensor) -> None:
+    """Raise NonFiniteTensor if an entry is NaN or infinite; integers always pass."""
+    if entries.dtype not in _NON_FINITE:
+        return
+    as_int, mask, limit = _NON_FINITE[entries.dtype]
+    if int((entries.view(as_int) & mask).max()) >= limit:
+        count = int(entries.isfinite().logical_not().sum())
+        raise NonFiniteTensor(
+            f"{tensor}: {count} entries of the {entries.numel()} just read are NaN or infinite; "
+            f"repair or leave out this checkpoint"
+        )

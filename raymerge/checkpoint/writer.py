@@ -1,0 +1,95 @@
+"""Write one safetensors file while its tensors are computed: known layout, temp name, fsync, rename."""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raymerge.checkpoint.header import build_header
+from raymerge.errors import StorageError
+
+TEMPORARY = ".tmp"
+
+
+class ShardWriter:
+    """An open file whose layout is known; entries are written range by range."""
+
+    def __init__(self, handle: int, starts: dict[str, int]) -> None:
+        self._handle = handle
+        self._starts = starts
+        self.bytes_written = 0
+
+    def write(self, name: str, first: int, entries: Tensor) -> None:
+        """Write flat `entries` of tensor `name` from entry `first` on, in the dtype given at the start."""
+        flat = entries.flatten()
+        if not flat.numel():
+            return
+        offset = self._starts[name] + first * flat.element_size()
+        buffer = memoryview(flat.contiguous().view(torch.uint8).numpy())
+        done = 0
+        while done < len(buffer):
+            done += os.pwrite(self._handle, buffer[done:], offset + done)
+        self.bytes_written += done
+
+
+@contextmanager
+def open_shard(
+    path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+) -> Iterator[ShardWriter]:
+    """Write a safetensors file of `tensors` (name, dtype, shape) in this order.
+
+    The file appears under its name only when everything in it is on the disk. Space is reserved
+    first, so a full disk is found before work is done. Raises StorageError.
+    """
+    header, entries = build_header(tensors)
+    size = len(header) + sum(entry.num_bytes for entry in entries)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, size)
+            os.pwrite(handle, header, 0)
+            yield ShardWriter(handle, {entry.name: entry.start for entry in entries})
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = f"{size} bytes are needed; free some space and run the same command again" if full else "check the disk"
+        raise StorageError(f"{path}: cannot be written: {problem.strerror}; {advice}") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole: temp name, fsync, rename. Raises StorageError."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {problem.strerror}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's own entries on the disk, so that renames in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

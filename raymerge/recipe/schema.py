@@ -1,0 +1,146 @@
+"""The recipe, as a user writes it in YAML. Unknown keys and wrong types are refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt
+
+# A setting: a number, flag or word; a list of them (a gradient over depth); or filtered values.
+Scalar = StrictBool | StrictInt | StrictFloat | str
+
+
+class Part(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Filtered(Part):
+    """A value for the tensors whose name contains `filter` (`*` or nothing: for all)."""
+
+    value: Scalar | list[Scalar]
+    filter: str | None = None
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
+Setting = Annotated[Scalar | list[Scalar] | list[Filtered], BeforeValidator(_one_as_list)]
+Settings = dict[str, Setting]
+
+
+def _path_as_expert(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Expert(Part):
+    """A fine-tuned checkpoint."""
+
+    path: str = Field(description="local folder or hub id[@revision]")
+    settings: Settings = Field(default_factory=dict, description="settings for this expert alone")
+
+
+def _range_as_source(value: Any) -> Any:
+    return {"blocks": value} if isinstance(value, list | tuple) else value
+
+
+class Source(Part):
+    """A run of blocks of one model: [first, last) counted from 0."""
+
+    blocks: tuple[int, int]
+    settings: Settings = Field(default_factory=dict)
+
+
+class Slice(Part):
+    """A run of blocks of the output; sources are named as experts, or `base`."""
+
+    sources: dict[str, Annotated[Source, BeforeValidator(_range_as_source)]] = Field(min_length=1)
+    settings: Settings = Field(default_factory=dict)
+
+
+class TokenSource(Part):
+    """Where the embedding row of one token comes from: a model, a token of a model, or zeros."""
+
+    model: str | None = Field(default=None, description="an expert's name, or base; none gives zeros")
+    token: str | None = Field(default=None, description="another token of that model")
+    token_id: int | None = None
+    force: bool = Field(default=False, description="give every model this row, not only those without the token")
+
+
+class Output(Part):
+    """What is written."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="dtype of the merged tensors; none keeps the stored dtype"
+    )
+    shard_size: str | int = Field(default="auto", description="largest file, in bytes or as 5GB; auto: 32 files")
+    tokenizer: str | None = Field(default=None, description="base, union, or an expert's name")
+    tokens: dict[str, TokenSource] = Field(default_factory=dict, description="embedding rows chosen by hand")
+    pad_to_multiple_of: int | None = Field(default=None, gt=0, description="rows of embeddings, rounded up")
+    chat_template: str | None = Field(
+        default=None, description="auto, a model's name (or base), a template's name, or Jinja text; none copies"
+    )
+    heads: list[str] = Field(default_factory=list, description="modules kept per expert though they would fit")
+    missing: Literal["error", "base", "skip"] = Field(
+        default="error",
+        description="a tensor an expert does not have: refuse, take the base's, or merge without the expert",
+    )
+
+
+class Compute(Part):
+    """How much of the machine or cluster is used."""
+
+    workers: int | None = Field(default=None, gt=0, description="tasks at once; none: as many as fit")
+    gpus_per_worker: float = Field(default=0, ge=0)
+    memory: str | int | None = Field(default=None, description="memory per worker, as 2GB; none: as needed")
+
+
+class Task(Part):
+    """An evaluation."""
+
+    task: str
+    kind: Literal["classification", "perplexity"]
+    data: str = Field(description="a parquet or jsonl file")
+    expert: str | None = Field(default=None, description="the expert whose own score is the reference and whose head is used")
+    metric: Literal["accuracy", "f1", "matthews"] = "accuracy"
+    text: str = "text"
+    text_pair: str | None = None
+    image: str = "image"
+    label: str = "label"
+    max_length: int = Field(default=128, gt=1)
+    batch_size: int = Field(default=32, gt=0)
+    limit: int | None = Field(default=None, gt=0, description="only the first rows")
+
+
+class Recipe(Part):
+    """What the user wants."""
+
+    base: str | None = None
+    experts: dict[str, Annotated[Expert, BeforeValidator(_path_as_expert)]] = Field(min_length=1)
+    method: str
+    settings: Settings = Field(default_factory=dict)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+    arithmetic: Literal["float32", "bfloat16", "float16", "stored"] = "float32"
+    output: Output = Output()
+    compute: Compute = Compute()
+    evaluate: list[Task] = Field(default_factory=list)
+    seed: int = 0
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+    _required: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of another recipe format translated or left out, for the plan to print."""
+        return self._notes
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Settings without a default in the recipe's own format."""
+        return self._required
+
+    def annotated(self, notes: tuple[str, ...], required: tuple[str, ...]) -> "Recipe":
+        """The same recipe with `notes` and `required` set."""
+        copy = self.model_copy()
+        copy._notes, copy._required = notes, required
+        return copy
