@@ -70,7 +70,13 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> tuple[Entry, ...]:
         listed: dict[str, Any] = json.loads(text, object_pairs_hook=_no_duplicates)
         listed.pop("__metadata__", None)
         spans = sorted(
-            (int(e["data_offsets"][0]), int(e["data_offsets"][1]), name, str(e["dtype"]), tuple(map(int, e["shape"])))
+            (
+                int(e["data_offsets"][0]),
+                int(e["data_offsets"][1]),
+                name,
+                str(e["dtype"]),
+                tuple(map(int, e["shape"])),
+            )
             for name, e in listed.items()
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as problem:
@@ -106,7 +112,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, tuple[Entry, ...]]:
+def build_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, tuple[Entry, ...]]:
     """The first bytes of a file for tensors laid out in the order given, and where each starts."""
     listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -29,9 +29,7 @@ class Location:
         """Names of the files at the top of the checkpoint, with their sizes in bytes."""
         if self.is_hub:
             return _hub_files(self)
-        return {
-            entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()
-        }
+        return {entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()}
 
     def local_path(self, name: str) -> Path:
         """A local file with the contents of `name`; downloads it from the hub if it is not in the cache.

@@ -1,7 +1,7 @@
 """Read ranges of tensors into memory: no memory maps, so a process holds what it asked for and no more."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,24 +24,22 @@ _NON_FINITE = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: a file of a checkpoint, the first byte, safetensors dtype name and shape."""
+    """Where one tensor lies: number of the model, file, first byte, safetensors dtype name and shape."""
 
-    location: Location
+    model: int
     file: str
+    name: str
     start: int
     dtype: str
     shape: tuple[int, ...]
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.location}/{self.file}: {self.name}"
 
 
 class Reader:
-    """Open files of checkpoints, shared by the tensors of one shard; safe to use from several threads."""
+    """The open files of some checkpoints, numbered as `StoredTensor.model` says; for one thread."""
 
-    def __init__(self) -> None:
-        self._files: dict[tuple[Location, str], int] = {}
+    def __init__(self, locations: Sequence[Location]) -> None:
+        self._locations = locations
+        self._files: dict[tuple[int, str], int] = {}
         self.bytes_read = 0
 
     def read(self, tensor: StoredTensor, first: int, count: int) -> Tensor:
@@ -53,27 +51,32 @@ class Reader:
         entries = torch.empty(count, dtype=dtype)
         if count:
             self._fill(entries, tensor, tensor.start + first * dtype.itemsize)
-            require_finite(entries, tensor)
+            require_finite(entries, self._where(tensor))
         return entries
 
+    def _where(self, tensor: StoredTensor) -> str:
+        return f"{self._locations[tensor.model]}/{tensor.file}: {tensor.name}"
+
     def _fill(self, entries: Tensor, tensor: StoredTensor, offset: int) -> None:
-        buffer = memoryview(entries.view(torch.uint8).numpy())
+        buffer = entries.view(torch.uint8).numpy().data
         done = 0
         try:
             handle = self._open(tensor)
             while done < len(buffer):
                 got = os.preadv(handle, [buffer[done:]], offset + done)
                 if got == 0:
-                    raise StorageError(f"{tensor}: the file ends before the tensor does; it changed while merging")
+                    raise StorageError(
+                        f"{self._where(tensor)}: the file ends before the tensor does; it changed while merging"
+                    )
                 done += got
         except OSError as problem:
-            raise StorageError(f"{tensor}: cannot be read: {problem.strerror}") from None
+            raise StorageError(f"{self._where(tensor)}: cannot be read: {problem.strerror}") from None
         self.bytes_read += done
 
     def _open(self, tensor: StoredTensor) -> int:
-        key = (tensor.location, tensor.file)
+        key = (tensor.model, tensor.file)
         if key not in self._files:
-            self._files[key] = os.open(local_path(*key), os.O_RDONLY)
+            self._files[key] = os.open(local_path(self._locations[tensor.model], tensor.file), os.O_RDONLY)
         return self._files[key]
 
     def close(self) -> None:
@@ -83,8 +86,8 @@ class Reader:
 
 
 @contextmanager
-def open_reader() -> Iterator[Reader]:
-    reader = Reader()
+def open_reader(locations: Sequence[Location]) -> Iterator[Reader]:
+    reader = Reader(locations)
     try:
         yield reader
     finally:
@@ -97,7 +100,7 @@ def local_path(location: Location, file: str) -> str:
     return str(location.local_path(file))
 
 
-def require_finite(entries: Tensor, tensor: StoredTensor) -> None:
+def require_finite(entries: Tensor, where: str) -> None:
     """Raise NonFiniteTensor if an entry is NaN or infinite; integers always pass."""
     if entries.dtype not in _NON_FINITE:
         return
@@ -105,6 +108,6 @@ def require_finite(entries: Tensor, tensor: StoredTensor) -> None:
     if int((entries.view(as_int) & mask).max()) >= limit:
         count = int(entries.isfinite().logical_not().sum())
         raise NonFiniteTensor(
-            f"{tensor}: {count} entries of the {entries.numel()} just read are NaN or infinite; "
+            f"{where}: {count} entries of the {entries.numel()} just read are NaN or infinite; "
             f"repair or leave out this checkpoint"
         )

@@ -30,7 +30,7 @@ class ShardWriter:
         if not flat.numel():
             return
         offset = self._starts[name] + first * flat.element_size()
-        buffer = memoryview(flat.contiguous().view(torch.uint8).numpy())
+        buffer = flat.contiguous().view(torch.uint8).numpy().data
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._handle, buffer[done:], offset + done)
@@ -38,9 +38,7 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(
-    path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
-) -> Iterator[ShardWriter]:
+def open_shard(path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> Iterator[ShardWriter]:
     """Write a safetensors file of `tensors` (name, dtype, shape) in this order.
 
     The file appears under its name only when everything in it is on the disk. Space is reserved
@@ -64,7 +62,9 @@ def open_shard(
     except OSError as problem:
         temporary.unlink(missing_ok=True)
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = f"{size} bytes are needed; free some space and run the same command again" if full else "check the disk"
+        advice = (
+            f"{size} bytes are needed; free some space and run the same command again" if full else "check the disk"
+        )
         raise StorageError(f"{path}: cannot be written: {problem.strerror}; {advice}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)

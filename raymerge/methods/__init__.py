@@ -4,13 +4,18 @@ A method is one file (or one family in a file) and one line here. A private meth
 `method: my_package.my_module:MyMethod` in a recipe finds it.
 """
 
+import ast
 import difflib
 import importlib
+import inspect
 import sys
+import textwrap
+from dataclasses import MISSING
+from itertools import pairwise
 from pathlib import Path
 
 from raymerge.errors import RecipeError
-from raymerge.methods.base import TensorMethod
+from raymerge.methods.base import TensorMethod, default_of, is_per_expert, setting_fields
 
 CATALOGUE = {
     "linear": "linear:Linear",
@@ -52,6 +57,35 @@ def find(name: str) -> type[TensorMethod]:
     module, _, cls = CATALOGUE[name].partition(":")
     found: type[TensorMethod] = getattr(importlib.import_module(f"raymerge.methods.{module}"), cls)
     return found
+
+
+def describe(method: type[TensorMethod]) -> list[tuple[str, str, str]]:
+    """Name, default and meaning of each setting of a method, from the dataclass and its docstrings."""
+    texts: dict[str, str] = {}
+    for cls in reversed(method.__mro__[:-1]):
+        if cls.__module__ != "abc":
+            texts.update(_field_texts(cls))
+    found = []
+    for name, setting in setting_fields(method).items():
+        default = default_of(setting)
+        shown = "required" if default is MISSING else str(default)
+        found.append((name, shown + (" per expert" if is_per_expert(setting) else ""), texts.get(name, "")))
+    return found
+
+
+def _field_texts(cls: type) -> dict[str, str]:
+    """The string under each annotated field of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _private(name: str) -> type[TensorMethod]:

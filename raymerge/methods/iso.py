@@ -8,7 +8,7 @@ tensors are averaged. Every 2-D tensor counts as a matrix, embeddings too; use a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor

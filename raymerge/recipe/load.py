@@ -47,7 +47,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise RecipeError(f"{path}: not YAML: {problem}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: found {type(content).__name__}; a mapping with base, experts and method is expected")
+        raise RecipeError(
+            f"{path}: found {type(content).__name__}; a mapping with base, experts and method is expected"
+        )
     return content
 
 

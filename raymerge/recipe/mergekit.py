@@ -126,7 +126,11 @@ METHODS = {
         ignored=("nuslerp_flatten", "nuslerp_row_wise"),
     ),
     "multislerp": Translation(
-        names={"weight": ("coefficient", _same), "normalize_weights": ("normalize", _same), "eps": ("eps", _same)},
+        names={
+            "weight": ("coefficient", _same),
+            "normalize_weights": ("normalize", _same),
+            "eps": ("eps", _same),
+        },
         required=("coefficient",),
     ),
     "karcher": Translation(names={"max_iter": ("max_iter", _same), "tol": ("tol", _same)}),
@@ -144,7 +148,11 @@ def read(content: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as problem:
         error = problem.errors()[0]
         key = ".".join(map(str, error["loc"]))
-        hint = f"; {nearest(str(error['loc'][-1]), Configuration.model_fields)}" if error["type"] == "extra_forbidden" else ""
+        hint = (
+            f"; {nearest(str(error['loc'][-1]), Configuration.model_fields)}"
+            if error["type"] == "extra_forbidden"
+            else ""
+        )
         raise RecipeError(f"{where}: {key}: {error['msg'].lower()} (mergekit format){hint}") from None
     return _Reading(config, where).recipe()
 
@@ -158,7 +166,9 @@ class _Reading:
         self.notes: list[str] = []
         self.names: dict[str, str] = {}
         if config.merge_method not in METHODS:
-            raise RecipeError(f"{where}: merge_method: {config.merge_method!r} is not read; {nearest(config.merge_method, METHODS)}")
+            raise RecipeError(
+                f"{where}: merge_method: {config.merge_method!r} is not read; {nearest(config.merge_method, METHODS)}"
+            )
         if config.modules:
             raise RecipeError(f"{where}: modules: not read; write one recipe per module")
         if (config.models is None) == (config.slices is None):
@@ -289,18 +299,23 @@ class _Reading:
 
     def output(self) -> dict[str, Any]:
         config = self.config
-        found: dict[str, Any] = {"dtype": config.out_dtype or config.dtype, "chat_template": config.chat_template}
+        found: dict[str, Any] = {
+            "dtype": config.out_dtype or config.dtype,
+            "chat_template": config.chat_template,
+        }
         if config.tokenizer and config.tokenizer_source:
             raise RecipeError(f"{self.where}: tokenizer and tokenizer_source are both given; keep one")
         if config.tokenizer:
             found["tokenizer"] = self.model_name(config.tokenizer.source, "tokenizer.source")
-            found["pad_to_multiple_of"] = config.tokenizer.pad_to_multiple_of
+            found["pad_to_multiple_of"] = config.tokenizer.pad_to_multiple_of or 1
             found["tokens"] = {
                 token: self.token(rule, f"tokenizer.tokens.{token}")
                 for token, rule in (config.tokenizer.tokens or {}).items()
             }
         elif config.tokenizer_source:
             found["tokenizer"] = self.model_name(config.tokenizer_source, "tokenizer_source")
+            # mergekit drops rows without a token.
+            found["pad_to_multiple_of"] = 1
         return found
 
     def model_name(self, ref: Any, place: str) -> str:

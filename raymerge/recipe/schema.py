@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
 # A setting: a number, flag or word; a list of them (a gradient over depth); or filtered values.
 Scalar = StrictBool | StrictInt | StrictFloat | str
@@ -78,7 +87,8 @@ class Output(Part):
     tokens: dict[str, TokenSource] = Field(default_factory=dict, description="embedding rows chosen by hand")
     pad_to_multiple_of: int | None = Field(default=None, gt=0, description="rows of embeddings, rounded up")
     chat_template: str | None = Field(
-        default=None, description="auto, a model's name (or base), a template's name, or Jinja text; none copies"
+        default=None,
+        description="auto, a model's name (or base), a template's name, or Jinja text; none copies",
     )
     heads: list[str] = Field(default_factory=list, description="modules kept per expert though they would fit")
     missing: Literal["error", "base", "skip"] = Field(
@@ -101,7 +111,9 @@ class Task(Part):
     task: str
     kind: Literal["classification", "perplexity"]
     data: str = Field(description="a parquet or jsonl file")
-    expert: str | None = Field(default=None, description="the expert whose own score is the reference and whose head is used")
+    expert: str | None = Field(
+        default=None, description="the expert whose own score is the reference and whose head is used"
+    )
     metric: Literal["accuracy", "f1", "matthews"] = "accuracy"
     text: str = "text"
     text_pair: str | None = None
@@ -138,6 +150,20 @@ class Recipe(Part):
     def required(self) -> tuple[str, ...]:
         """Settings without a default in the recipe's own format."""
         return self._required
+
+    @property
+    def foreign(self) -> bool:
+        """Read from another toolkit's format, whose conventions it follows."""
+        return bool(self._notes)
+
+    def with_memory(self, memory: str | int) -> "Recipe":
+        """The same recipe with another memory budget per worker."""
+        copy = self.model_copy(update={"compute": self.compute.model_copy(update={"memory": memory})})
+        return copy.annotated(self._notes, self._required)
+
+    def as_written(self) -> dict[str, Any]:
+        """The recipe as plain data, without what was left at its default."""
+        return self.model_dump(exclude_defaults=True, mode="json")
 
     def annotated(self, notes: tuple[str, ...], required: tuple[str, ...]) -> "Recipe":
         """The same recipe with `notes` and `required` set."""

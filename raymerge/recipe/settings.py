@@ -78,7 +78,12 @@ def resolve_settings(
 
 
 def _or_default(
-    value: Scalar | None, key: str, setting: Field[Any], expert: str | None, name: str, required: Sequence[str]
+    value: Scalar | None,
+    key: str,
+    setting: Field[Any],
+    expert: str | None,
+    name: str,
+    required: Sequence[str],
 ) -> Any:
     if value is not None:
         return float(value) if is_per_expert(setting) else value

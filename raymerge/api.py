@@ -1,0 +1,129 @@
+"""The verbs. The command line and the jobs call nothing else."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.workspace import Workspace, open_workspace
+from raymerge.errors import RecipeError, StorageError
+from raymerge.plan.build import build_plan
+from raymerge.plan.execute import ShardReport
+from raymerge.plan.finish import choose_chat_template, finish_folder
+from raymerge.plan.schema import Plan
+from raymerge.recipe.load import load_recipe
+from raymerge.recipe.schema import Recipe
+from raymerge.report.facts import write_facts
+from raymerge.run.merge import Progress, run_plan
+from raymerge.run.pool import LocalPool, Pool
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeResult:
+    """Where a merge lies and what it took; `peak_bytes` is the largest resident memory of any worker."""
+
+    out: Path
+    plan: Plan
+    elapsed_seconds: float
+    peak_bytes: int
+    shards_resumed: int
+
+
+def plan(recipe: RecipeLike, *, memory: str | int | None = None) -> Plan:
+    """Check a recipe against its checkpoints' headers and say exactly what a merge would do.
+
+    `recipe` is a path, a dict, or a loaded recipe, ours or mergekit's; `memory` (as "2GB") is the most
+    a worker may hold. Raises UserError of every kind.
+    """
+    loaded = load_recipe(recipe)
+    if memory is not None:
+        loaded = loaded.with_memory(memory)
+    planned = build_plan(loaded)
+    if planned.chat_template is not None:
+        choose_chat_template(planned.chat_template, planned)
+    return planned
+
+
+def merge(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    local: bool = False,
+    workers: int | None = None,
+    memory: str | int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge checkpoints into the folder `out`.
+
+    `local` works in this process instead of on Ray; `workers` bounds the tasks at once. A killed merge is
+    taken up again by the same call. Raises UserError before anything is written; NonFiniteTensor and
+    StorageError while merging, in which case `out` does not exist.
+    """
+    begun = time.perf_counter()
+    loaded = load_recipe(recipe)
+    planned = plan(loaded, memory=memory)
+    tell = progress or (lambda *_: None)
+    target = Path(out)
+    with open_workspace(target, planned.digest, overwrite) as workspace:
+        if workspace.finished:
+            return _result(workspace.out, planned, [], time.perf_counter() - begun)
+        todo = [number for number in range(len(planned.shards)) if not _is_whole(planned, number, workspace)]
+        _check_space(planned, todo, workspace.folder)
+        pool = _pool(planned, loaded, local, workers)
+        reports = run_plan(planned, workspace.folder, pool, todo, tell)
+        finish_folder(planned, workspace.folder, loaded.as_written(), target.absolute().name)
+        elapsed = time.perf_counter() - begun
+        write_facts(
+            workspace.folder,
+            planned,
+            reports,
+            runner="local" if local else "ray",
+            elapsed_seconds=elapsed,
+            resumed=len(planned.shards) - len(todo),
+        )
+        workspace.publish()
+    return _result(workspace.out, planned, reports, elapsed)
+
+
+def _pool(planned: Plan, recipe: Recipe, local: bool, workers: int | None) -> Pool:
+    compute = recipe.compute
+    if local:
+        if compute.gpus_per_worker:
+            raise RecipeError("compute.gpus_per_worker: GPUs are requested through Ray; leave out --local")
+        return LocalPool(workers or compute.workers)
+    # Ray takes a second to import; local merges do without.
+    from raymerge.run.cluster import RayPool
+
+    return RayPool(workers or compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker)
+
+
+def _result(out: Path, planned: Plan, reports: list[ShardReport], elapsed: float) -> MergeResult:
+    return MergeResult(
+        out=out,
+        plan=planned,
+        elapsed_seconds=elapsed,
+        peak_bytes=max((report.peak_bytes for report in reports), default=0),
+        shards_resumed=len(planned.shards) - len(reports),
+    )
+
+
+def _shard_bytes(planned: Plan, number: int) -> int:
+    return sum(t.num_elements * DTYPES[t.dtype].itemsize for t in planned.shards[number].tensors)
+
+
+def _is_whole(planned: Plan, number: int, workspace: Workspace) -> bool:
+    return workspace.is_whole(planned.shards[number].file, _shard_bytes(planned, number))
+
+
+def _check_space(planned: Plan, todo: list[int], folder: Path) -> None:
+    needed = sum(_shard_bytes(planned, number) for number in todo)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")

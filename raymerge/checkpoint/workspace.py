@@ -1,0 +1,111 @@
+"""Where an output grows: `OUT.partial`, renamed to `OUT` in one step when everything in it is whole.
+
+So `OUT` never holds anything unfinished, and a run killed at any moment leaves its finished files in
+`OUT.partial`, where the same command finds them again.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymerge.checkpoint.writer import TEMPORARY, sync_folder, write_text
+from raymerge.errors import OutputError, StorageError
+
+_DIGEST = "raymerge/plan.sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """An output in the making. `folder` is the partial folder while `finished` is False."""
+
+    out: Path
+    folder: Path
+    finished: bool
+
+    def is_whole(self, file: str, num_bytes: int) -> bool:
+        """A file written by this or an earlier run: files appear under their names only when whole."""
+        path = self.folder / file
+        return path.is_file() and path.stat().st_size >= num_bytes
+
+    def publish(self) -> None:
+        """Rename the partial folder to the output's name. Raises StorageError."""
+        try:
+            for left in self.folder.rglob(f"*{TEMPORARY}"):
+                left.unlink(missing_ok=True)
+            (self.folder / _LOCK).unlink()
+            sync_folder(self.folder)
+            os.rename(self.folder, self.out)
+            sync_folder(self.out.parent)
+        except OSError as problem:
+            raise StorageError(f"{self.out}: cannot be put in place: {problem.strerror}") from None
+
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspace]:
+    """The workspace of an output whose plan has this digest.
+
+    Raises OutputError if the output exists with other contents, holds unfinished work of another plan,
+    or is being written by another process. `overwrite` removes what is in the way, when the new output
+    is about to begin.
+    """
+    out = out.absolute()
+    partial = out.with_name(f"{out.name}.partial")
+    if _is_taken(out):
+        if _digest_of(out) == digest and not overwrite:
+            yield Workspace(out, out, True)
+            return
+        if not overwrite:
+            raise OutputError(f"{out}: exists and is not the result of this recipe; choose another folder or overwrite")
+        _require_ours(out)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as problem:
+        raise OutputError(f"{partial}: cannot be written: {problem.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{partial}: another process is writing it; wait for it, or stop it") from None
+        _resume_or_begin(partial, digest, overwrite)
+        if _is_taken(out):
+            shutil.rmtree(out)
+        yield Workspace(out, partial, False)
+    finally:
+        os.close(handle)
+
+
+def _resume_or_begin(partial: Path, digest: str, overwrite: bool) -> None:
+    found = _digest_of(partial)
+    if found == digest:
+        return
+    if found is not None and not overwrite:
+        raise OutputError(
+            f"{partial}: holds unfinished work of another recipe or of inputs that have changed; remove it or overwrite"
+        )
+    for entry in partial.iterdir():
+        if entry.name != _LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_text(partial / _DIGEST, digest)
+
+
+def _is_taken(out: Path) -> bool:
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+
+
+def _digest_of(folder: Path) -> str | None:
+    path = folder / _DIGEST
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _require_ours(out: Path) -> None:
+    """Overwriting removes outputs of RayMerge only."""
+    if _digest_of(out) is None:
+        raise OutputError(f"{out}: exists and was not made by RayMerge; it is not overwritten, choose another folder")

@@ -1,0 +1,238 @@
+"""The command line: each command parses, calls one verb, and prints with Rich."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from raymerge import __version__
+from raymerge.errors import RayMergeError
+
+if TYPE_CHECKING:
+    from raymerge.plan.schema import Plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Merge fine-tuned checkpoints of one base into one, on a laptop or a Ray cluster.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe, ours or mergekit's", metavar="RECIPE")]
+OutArgument = Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+Workers = Annotated[int | None, typer.Option(min=1, help="tasks at once; as many as fit by default")]
+Memory = Annotated[str | None, typer.Option(help="most memory a worker may use, as 2GB")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"raymerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="version")] = False,
+) -> None:
+    """Merge fine-tuned checkpoints of one base into one, on a laptop or a Ray cluster."""
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument,
+    out: OutArgument,
+    local: Annotated[bool, typer.Option("--local", help="work in this process, without Ray")] = False,
+    workers: Workers = None,
+    memory: Memory = None,
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier output of RayMerge")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run any method and write a Hugging Face checkpoint."""
+    if not local:
+        _start_ray_early()
+    from raymerge import api
+
+    with _progress(quiet) as progress:
+        result = api.merge(
+            recipe, out, local=local, workers=workers, memory=memory, overwrite=overwrite, progress=progress
+        )
+    if quiet:
+        return
+    for note in result.plan.notes:
+        err_console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+    resumed = f", {result.shards_resumed} of {len(result.plan.shards)} files were there" if result.shards_resumed else ""
+    out_console.print(
+        f"{result.out}: {result.plan.method} of {len(result.plan.models)} checkpoints, "
+        f"{result.plan.cost.bytes_written / 1e9:.2f} GB, {result.elapsed_seconds:.1f} s, "
+        f"peak {result.peak_bytes / 1e9:.2f} GB per process{resumed}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def plan(recipe: RecipeArgument, memory: Memory = None, as_json: AsJson = False) -> None:
+    """Check everything, read only headers, print what a merge would do."""
+    from raymerge import api
+
+    planned = api.plan(recipe, memory=memory)
+    if as_json:
+        print(json.dumps(_plan_summary(planned), indent=2))
+    else:
+        _print_plan(planned)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a merged folder, or any checkpoint", metavar="MODEL")],
+    recipe: RecipeArgument,
+    experts: Annotated[bool, typer.Option("--experts", help="measure each expert on its own task too")] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on the recipe's evaluation tasks."""
+    from raymerge import api
+
+    with _progress(quiet) as progress:
+        found = api.evaluate(model, recipe, experts=experts, workers=workers, progress=progress)
+    if as_json:
+        print(found.to_json())
+    else:
+        out_console.print(found.to_table())
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
+    """The catalogue of methods, or one method's settings."""
+    from raymerge import methods as catalogue
+
+    if name is None:
+        table = Table("method", "what it does", "needs a base", "experts")
+        for known in catalogue.CATALOGUE:
+            found = catalogue.find(known)
+            least, most = found.num_experts
+            count = str(least) if least == most else f"{least} to {most}" if most else f"{least} or more"
+            table.add_row(known, _first_line(found), "yes" if found.needs_base else "no", count)
+        out_console.print(table)
+        return
+    found = catalogue.find(name)
+    out_console.print(sys.modules[found.__module__].__doc__ or "", markup=False, highlight=False)
+    table = Table("setting", "default", "what it means")
+    for setting, default, text in catalogue.describe(found):
+        table.add_row(setting, default, text)
+    out_console.print(table)
+
+
+@app.command()
+def demo(
+    out: OutArgument,
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train four experts on real handwritten digits, merge them with many methods, compare; offline, minutes."""
+    _start_ray_early()
+    from raymerge.demo.demo import run_demo
+
+    run_demo(out, workers=workers, quiet=quiet)
+
+
+def _start_ray_early() -> None:
+    """Start Ray while the plan is made: it is a matter of seconds that need no core of ours."""
+    from raymerge.run.starting import start
+
+    start()
+
+
+def _first_line(found: type) -> str:
+    return (found.__doc__ or "").strip().partition("\n")[0].replace("`", "")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    if quiet or not err_console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err_console, transient=True) as bars:
+        task = bars.add_task("planning", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bars.update(task, description=what, completed=done, total=total)
+
+        yield tell
+
+
+def _plan_summary(planned: "Plan") -> dict[str, Any]:
+    """The plan without its tensors, for programs."""
+    return {
+        "method": planned.method,
+        "models": [{"name": model.name, "place": str(model.location)} for model in planned.models],
+        "num_tensors": planned.num_tensors,
+        "shards": [{"file": shard.file, "num_tensors": len(shard.tensors)} for shard in planned.shards],
+        "settings": [dict(call.settings) for call in planned.calls],
+        **{field.name: getattr(planned.cost, field.name) for field in fields(planned.cost)},
+        "notes": list(planned.notes),
+        "digest": planned.digest,
+    }
+
+
+def _print_plan(planned: "Plan") -> None:
+    cost = planned.cost
+    table = Table(show_header=False)
+    table.add_row("method", planned.method)
+    for model in planned.models:
+        table.add_row(model.name, str(model.location))
+    table.add_row("tensors", f"{planned.num_tensors} in {len(planned.shards)} files")
+    table.add_row("read", f"{cost.bytes_read / 1e9:.3f} GB")
+    table.add_row("written", f"{cost.bytes_written / 1e9:.3f} GB")
+    table.add_row(
+        "peak memory per worker",
+        f"{cost.peak_bytes_per_worker / 1e9:.2f} GB, of which {cost.baseline_bytes / 1e9:.2f} GB are libraries",
+    )
+    for number, call in enumerate(planned.calls[:5]):
+        table.add_row("settings" if number == 0 else "", ", ".join(f"{k} {_shown(v)}" for k, v in call.settings.items()))
+    if len(planned.calls) > 5:
+        table.add_row("", f"and {len(planned.calls) - 5} more sets, by depth and filter")
+    out_console.print(table)
+    shards = Table("file", "tensors", "first", "last")
+    for shard in planned.shards:
+        names = [tensor.name for tensor in shard.tensors]
+        shards.add_row(shard.file, str(len(names)), names[0], names[-1])
+    out_console.print(shards)
+    for note in planned.notes:
+        out_console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
+
+
+def main() -> None:
+    """The `raymerge` command. `--debug` anywhere shows the traceback of an error."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except RayMergeError as problem:
+        if debug:
+            raise
+        err_console.print(f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        err_console.print("stopped; the same command goes on from here", style="yellow")
+        sys.exit(130)

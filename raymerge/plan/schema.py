@@ -1,0 +1,178 @@
+"""The plan: exactly what will be done, as data. Frozen, picklable, JSON both ways."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from raymerge import methods
+from raymerge.checkpoint.location import Location
+from raymerge.checkpoint.reader import StoredTensor
+from raymerge.methods.base import TensorMethod
+from raymerge.models.vocabulary import RowRun
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A checkpoint that is read: `base` or an expert's name, and what identifies its bytes."""
+
+    name: str
+    location: Location
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """A method with all its settings, as used for some tensors."""
+
+    method: str
+    settings: Mapping[str, Any]
+
+    def build(self) -> TensorMethod:
+        # JSON has lists only; per-expert settings are tuples.
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
+        return methods.find(self.method)(**settings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One input of a tensor: a stored tensor, or rows of several, aligned by token.
+
+    `name` is the expert's, or `base`. With `rows`, run parts number the entries of `tensors`.
+    """
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+    rows: tuple[RowRun, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output: merged by `call`, or copied from `base` where `call` is None.
+
+    `dtype` and `arithmetic` are safetensors dtype names. `held`: all of its inputs are kept in memory
+    between passes; otherwise they are read again for each pass.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    arithmetic: str
+    call: int | None
+    base: Source | None
+    experts: tuple[Source, ...] = ()
+    held: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file of the output: path below the output folder, and its tensors in order of their bytes."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """The output's tokenizer: whose it is (number of the model), and tokens added to it."""
+
+    model: int
+    added: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What executing the plan takes, in bytes."""
+
+    bytes_read: int
+    bytes_written: int
+    peak_bytes_per_worker: int
+    baseline_bytes: int
+
+    def local_peak_bytes(self, threads: int) -> int:
+        """Peak of one process that works on `threads` shards at once."""
+        return self.baseline_bytes + threads * (self.peak_bytes_per_worker - self.baseline_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All of a merge. `config` is the output's config.json; `notes` are things a user should know."""
+
+    version: str
+    method: str
+    models: tuple[Model, ...]
+    calls: tuple[Call, ...]
+    shards: tuple[Shard, ...]
+    seed: int
+    config: Mapping[str, Any]
+    head_experts: tuple[int, ...]
+    tokenizer: Tokenizer
+    chat_template: str | None
+    notes: tuple[str, ...]
+    cost: Cost
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        return tuple(model.location for model in self.models)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    def to_json(self) -> str:
+        return _ADAPTER.dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        return _ADAPTER.validate_json(text)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the bytes of the output: inputs, settings and layout, not what it costs to make them."""
+        shards = tuple(
+            replace(shard, tensors=tuple(replace(tensor, held=False) for tensor in shard.tensors))
+            for shard in self.shards
+        )
+        plan = replace(
+            self,
+            shards=shards,
+            cost=Cost(bytes_read=0, bytes_written=0, peak_bytes_per_worker=0, baseline_bytes=0),
+        )
+        return hashlib.sha256(plan.to_json().encode()).hexdigest()
+
+    def job(self, number: int, device: str) -> "ShardJob":
+        """What a worker needs for one shard."""
+        shard = self.shards[number]
+        used = sorted({tensor.call for tensor in shard.tensors if tensor.call is not None})
+        return ShardJob(
+            shard=shard,
+            locations=self.locations,
+            calls={call: self.calls[call] for call in used},
+            seed=self.seed,
+            device=device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardJob:
+    """One shard of a plan, with all that a worker needs to execute it."""
+
+    shard: Shard
+    locations: tuple[Location, ...]
+    calls: Mapping[int, Call]
+    seed: int
+    device: str = "cpu"
+
+
+_ADAPTER = TypeAdapter(Plan)

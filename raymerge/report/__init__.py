@@ -1,0 +1,1 @@
+"""What happened in a run, as facts; later, pages made from them. Read `facts.py`."""

@@ -1,0 +1,51 @@
+"""The facts of a run, `raymerge/run.json`: versions, inputs, timings, memory; written last, it marks completion."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from raymerge.checkpoint.model_folder import write_json
+from raymerge.plan.execute import ShardReport
+from raymerge.plan.schema import Plan
+
+PACKAGES = ("torch", "transformers", "safetensors", "ray", "numpy")
+
+
+def write_facts(
+    folder: Path, plan: Plan, reports: Sequence[ShardReport], *, runner: str, elapsed_seconds: float, resumed: int
+) -> None:
+    """Write `raymerge/run.json` below `folder`. `resumed` counts shards that an earlier run had finished."""
+    write_json(
+        folder / "raymerge" / "run.json",
+        {
+            "complete": True,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "raymerge": plan.version,
+            "python": platform.python_version(),
+            "packages": {name: found for name in PACKAGES if (found := _version(name))},
+            "method": plan.method,
+            "seed": plan.seed,
+            "plan_sha256": plan.digest,
+            "inputs": [
+                {"name": model.name, "place": str(model.location), "sha256_of_headers": model.fingerprint}
+                for model in plan.models
+            ],
+            "runner": runner,
+            "elapsed_seconds": round(elapsed_seconds, 3),
+            "peak_bytes": max((report.peak_bytes for report in reports), default=0),
+            "predicted_peak_bytes_per_worker": plan.cost.peak_bytes_per_worker,
+            "shards_resumed": resumed,
+            "shards": [asdict(report) for report in sorted(reports, key=lambda report: report.file)],
+            "notes": list(plan.notes),
+        },
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
