@@ -1,11 +1,13 @@
 """The command line: each command parses, calls one verb, and prints with Rich."""
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +63,7 @@ def merge(
 ) -> None:
     """Run any method and write a Hugging Face checkpoint."""
     if not local:
-        _start_ray_early()
+        _start_ray()
     from raymerge import api
 
     with _progress(quiet) as progress:
@@ -144,17 +146,21 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train four experts on real handwritten digits, merge them with many methods, compare; offline, minutes."""
-    _start_ray_early()
+    _start_ray()
     from raymerge.demo.demo import run_demo
 
     run_demo(out, workers=workers, quiet=quiet)
 
 
-def _start_ray_early() -> None:
-    """Start Ray while the plan is made: it is a matter of seconds that need no core of ours."""
-    from raymerge.run.starting import start
+def _start_ray() -> None:
+    """Start Ray and its workers while torch is imported: both take seconds, mostly of waiting."""
+    importing = Thread(target=importlib.import_module, args=("raymerge.api",))
+    importing.start()
+    from raymerge.run import cluster
 
-    start()
+    cluster.connect()
+    cluster.warm_up()
+    importing.join()
 
 
 def _first_line(found: type) -> str:

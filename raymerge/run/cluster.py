@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import ray
 
 from raymerge.errors import RayMergeError
-from raymerge.run import starting
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +21,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 
 def connect() -> None:
-    """Join or start Ray; does nothing if this process already has. Raises RayMergeError."""
+    """Join or start Ray; does nothing if this process already has. Raises RayMergeError.
+
+    Call it from the main thread: Ray cannot be started from another.
+    """
     if ray.is_initialized():
         return
     try:
@@ -63,7 +65,6 @@ class RayPool:
     """
 
     def __init__(self, workers: int | None, memory_bytes: int, gpus_per_worker: float = 0) -> None:
-        starting.wait()
         connect()
         self.device = "cuda" if gpus_per_worker else "cpu"
         self._workers = workers
