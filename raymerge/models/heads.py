@@ -1,0 +1,134 @@
+"""Give a merged trunk the head of one expert, as a transformers model that is ready to use.
+
+Format, below a merged folder: `raymerge/heads/<expert>/config.json` is the expert's own, and
+`raymerge/heads/<expert>/model.safetensors` holds its tensors that were not merged, as the expert names them.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import Tensor
+
+from raymerge.checkpoint.index import SINGLE, Checkpoint, open_checkpoint
+from raymerge.errors import CheckpointError
+from raymerge.models.families import base_model_prefix
+from raymerge.models.load import architecture, load_as_saved, require_complete
+from raymerge.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a model with another vocabulary says differently; it follows the trunk, whose embeddings are used.
+_OF_THE_VOCABULARY = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load_task_model(out: str | Path, expert: str) -> "PreTrainedModel":
+    """The merged model of the folder `out` with the head of `expert`, in eval mode and the merged dtype.
+
+    Where the expert has no head of its own (it was merged too), the merged model as it is. Raises
+    CheckpointError if the folder or expert is unknown, or tensors of the model are in neither part.
+    """
+    folder = Path(out)
+    heads = folder / "raymerge" / "heads"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; the output of a merge is expected")
+    if not (heads / expert).is_dir():
+        _require_known(folder, heads, expert)
+        return load_as_saved(str(folder.absolute()))
+    owner = open_checkpoint(str((heads / expert).absolute()))
+    return _assemble(open_checkpoint(str(folder.absolute())), owner, tuple(owner.tensors))
+
+
+def load_with_head(trunk: str, owner: str) -> "PreTrainedModel":
+    """The model `trunk` (a base without a head) with the head of the model `owner`; folders or hub ids.
+
+    The head is what only the owner has, or has in another shape outside the trunk. Raises CheckpointError.
+    """
+    body, whole = open_checkpoint(trunk), open_checkpoint(owner)
+    prefix = base_model_prefix(whole.config)
+    shapes = {_core(name, prefix): entry.shape for name, (_, entry) in body.tensors.items()}
+
+    def is_of_head(name: str, shape: tuple[int, ...]) -> bool:
+        known = shapes.get(_core(name, prefix))
+        # Inside the trunk only embeddings differ in shape, when tokens were added; the trunk's rows are used.
+        return known is None or (known != shape and not name.startswith(f"{prefix}."))
+
+    return _assemble(
+        body, whole, tuple(name for name, (_, entry) in whole.tensors.items() if is_of_head(name, entry.shape))
+    )
+
+
+def _assemble(trunk: Checkpoint, owner: Checkpoint, names: tuple[str, ...]) -> "PreTrainedModel":
+    """A model of the owner's kind: the tensors `names` from the owner, all others from the trunk."""
+    from safetensors import SafetensorError
+
+    cls = architecture(owner.config, str(owner.location))
+    prefix = base_model_prefix(owner.config)
+    replaced = {_core(name, prefix) for name in names}
+    kept = [name for name in trunk.tensors if _core(name, prefix) not in replaced]
+    try:
+        config = cls.config_class.from_dict(dict(owner.config))
+        _adopt_vocabulary(config, trunk.config)
+        # from_pretrained adds or removes the prefix tensor by tensor, and knows names of older versions.
+        tensors = _read(trunk, kept) | _read(owner, names)
+        with quiet():
+            model, info = cls.from_pretrained(
+                None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+        raise CheckpointError(
+            f"{trunk.location}: does not fit {cls.__name__} with the head of {owner.location}: {problem}"
+        ) from None
+    require_complete(model, list(info["missing_keys"]), f"{trunk.location} with the head of {owner.location}")
+    unused = sorted(set(info["unexpected_keys"]) & set(names))
+    if unused:
+        raise CheckpointError(
+            f"{owner.location}: {cls.__name__} has no place for {', '.join(unused[:5])}; a config.json that fits "
+            f"the tensors is expected"
+        )
+    return model.eval()
+
+
+def _adopt_vocabulary(config: Any, trunk: Mapping[str, Any]) -> None:
+    """Set what depends on the vocabulary to what the trunk says."""
+    config.dtype = trunk.get("dtype", trunk.get("torch_dtype"))
+    for target, source in ((config.get_text_config(), trunk.get("text_config") or trunk), (config, trunk)):
+        for key in _OF_THE_VOCABULARY:
+            if source.get(key) is not None and hasattr(target, key):
+                setattr(target, key, source[key])
+
+
+def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.tensors[name][0], []).append(name)
+    found: dict[str, Tensor] = {}
+    for file, inside in by_file.items():
+        with safe_open(checkpoint.location.local_path(file), framework="pt") as tensors:
+            found.update((name, tensors.get_tensor(name)) for name in inside)
+    return found
+
+
+def _core(name: str, prefix: str | None) -> str:
+    """A tensor's name without the prefix that models with a head put before their trunk."""
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _require_known(folder: Path, heads: Path, expert: str) -> None:
+    """Tell an expert whose head was merged from a name that is wrong."""
+    recipe = folder / "raymerge" / "recipe.yml"
+    if not recipe.is_file():
+        if heads.is_dir():
+            raise CheckpointError(f"{heads}: no head of {expert!r}; there are {', '.join(sorted(_folders(heads)))}")
+        return
+    experts = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("experts") or {}
+    if expert not in experts:
+        raise CheckpointError(f"{folder}: no expert {expert!r}; it was merged from {', '.join(experts)}")
+
+
+def _folders(place: Path) -> list[str]:
+    return [entry.name for entry in place.iterdir() if (entry / SINGLE).is_file()]

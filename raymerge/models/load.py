@@ -1,0 +1,142 @@
+"""Load models, tokenizers and image processors of checkpoints, ready to be measured.
+
+Always from safetensors, in eval mode, and never with code that comes with a checkpoint. A tensor that a
+checkpoint does not have is an error: transformers would draw it at random.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raymerge.checkpoint.index import read_json
+from raymerge.checkpoint.location import Location, resolve
+from raymerge.errors import CheckpointError
+from raymerge.models import vocabulary
+from raymerge.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_classifier(model: str, device: str = "cpu") -> "PreTrainedModel":
+    """A classifier of texts or images, as the checkpoint's config says.
+
+    `model` is a folder or hub id. Raises CheckpointError if it is missing, damaged, of another kind, or
+    has no head.
+    """
+    import transformers
+
+    location = resolve(model)
+    auto = (
+        transformers.AutoModelForImageClassification
+        if _is_for_images(location)
+        else transformers.AutoModelForSequenceClassification
+    )
+    return place(_load(auto, location), device)
+
+
+def load_language_model(model: str, device: str = "cpu") -> "PreTrainedModel":
+    """A causal language model. Raises CheckpointError if `model` is missing, damaged or of another kind."""
+    import transformers
+
+    return place(_load(transformers.AutoModelForCausalLM, resolve(model)), device)
+
+
+def load_as_saved(model: str) -> "PreTrainedModel":
+    """A model through the class its `config.json` names, in the stored dtype. Raises CheckpointError."""
+    location = resolve(model)
+    config = read_json(location, "config.json", location.files())
+    return _load(architecture(config, str(location)), location)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub id. Raises CheckpointError."""
+    location = resolve(model)
+    with quiet():
+        return vocabulary.load_tokenizer(location, location.files())
+
+
+def load_image_processor(model: str) -> Any:
+    """The image processor of a folder or hub id. Raises CheckpointError.
+
+    It works through PIL: torchvision is no dependency, and where it is installed its resizing gives
+    slightly other pixels, hence other scores.
+    """
+    from transformers import AutoImageProcessor
+
+    location = resolve(model)
+    with _as_checkpoint_error(location, "its image processor cannot be loaded"), quiet():
+        return AutoImageProcessor.from_pretrained(location.path, revision=location.revision or "main", backend="pil")
+
+
+def reads_images(model: "PreTrainedModel") -> bool:
+    """Whether a classifier takes pixels rather than tokens."""
+    return str(model.main_input_name) == "pixel_values"
+
+
+def place(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
+    """Move to a device, in eval mode: as stored on a GPU, in float32 on a CPU, where half floats are slow."""
+    return model.to(device=device, dtype=torch.float32 if device == "cpu" else None).eval()
+
+
+def architecture(config: Mapping[str, Any], where: str) -> Any:
+    """The transformers class that a config's `architectures` names. Raises CheckpointError if there is none."""
+    import transformers
+
+    names = config.get("architectures") or ()
+    for name in names:
+        found = getattr(transformers, str(name), None)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{where}: config.json: architectures is {names!r}; a class of transformers is expected")
+
+
+def require_complete(model: "PreTrainedModel", missing: list[str], where: str) -> None:
+    """Raise CheckpointError if tensors of a model were in no file, hence drawn at random."""
+    if missing:
+        listed = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"{where}: no tensor for {listed}, which {type(model).__name__} needs; a checkpoint with this head, "
+            f"or the head of an expert, is expected"
+        )
+
+
+def _load(cls: Any, location: Location) -> "PreTrainedModel":
+    with _as_checkpoint_error(location, f"{cls.__name__} cannot be loaded"), quiet():
+        model, info = cls.from_pretrained(
+            location.path,
+            revision=location.revision or "main",
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    require_complete(model, list(info["missing_keys"]), str(location))
+    return model
+
+
+def _is_for_images(location: Location) -> bool:
+    from transformers import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+    )
+
+    with _as_checkpoint_error(location, "its config cannot be read"), quiet():
+        config = AutoConfig.from_pretrained(location.path, revision=location.revision or "main")
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return True
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    raise CheckpointError(f"{location}: a {config.model_type} model classifies neither texts nor images")
+
+
+@contextmanager
+def _as_checkpoint_error(location: Location, what: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+        raise CheckpointError(f"{location}: {what}: {problem}") from None
