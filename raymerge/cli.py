@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -234,11 +235,22 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
+    except SystemExit as done:
+        _leave(done.code if isinstance(done.code, int) else int(done.code is not None))
     except RayMergeError as problem:
         if debug:
             raise
         err_console.print(f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(problem.exit_code)
+        _leave(problem.exit_code)
     except KeyboardInterrupt:
         err_console.print("stopped; the same command goes on from here", style="yellow")
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without tearing down torch and Ray, which takes two seconds and changes nothing:
+    all files are closed, and a Ray started here ends with its driver.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.location import Location
-from raymerge.errors import NonFiniteTensor, StorageError
+from raymerge.errors import StorageError
 
 # The largest exponent means infinity or NaN: sign-less bits at or above this, by dtype.
 _NON_FINITE = {
@@ -45,16 +45,16 @@ class Reader:
     def read(self, tensor: StoredTensor, first: int, count: int) -> Tensor:
         """`count` entries of a tensor from entry `first` on, flat, in the stored dtype.
 
-        Raises StorageError if the file cannot be read, NonFiniteTensor if an entry is NaN or infinite.
+        Raises StorageError if the file cannot be read.
         """
         dtype = DTYPES[tensor.dtype]
         entries = torch.empty(count, dtype=dtype)
         if count:
             self._fill(entries, tensor, tensor.start + first * dtype.itemsize)
-            require_finite(entries, self._where(tensor))
         return entries
 
-    def _where(self, tensor: StoredTensor) -> str:
+    def where(self, tensor: StoredTensor) -> str:
+        """File and name of a tensor, for messages."""
         return f"{self._locations[tensor.model]}/{tensor.file}: {tensor.name}"
 
     def _fill(self, entries: Tensor, tensor: StoredTensor, offset: int) -> None:
@@ -66,11 +66,11 @@ class Reader:
                 got = os.preadv(handle, [buffer[done:]], offset + done)
                 if got == 0:
                     raise StorageError(
-                        f"{self._where(tensor)}: the file ends before the tensor does; it changed while merging"
+                        f"{self.where(tensor)}: the file ends before the tensor does; it changed while merging"
                     )
                 done += got
         except OSError as problem:
-            raise StorageError(f"{self._where(tensor)}: cannot be read: {problem.strerror}") from None
+            raise StorageError(f"{self.where(tensor)}: cannot be read: {problem.strerror}") from None
         self.bytes_read += done
 
     def _open(self, tensor: StoredTensor) -> int:
@@ -100,14 +100,9 @@ def local_path(location: Location, file: str) -> str:
     return str(location.local_path(file))
 
 
-def require_finite(entries: Tensor, where: str) -> None:
-    """Raise NonFiniteTensor if an entry is NaN or infinite; integers always pass."""
-    if entries.dtype not in _NON_FINITE:
-        return
+def is_finite(entries: Tensor) -> bool:
+    """False if an entry is NaN or infinite; integers always are finite. Twice as fast as `isfinite().all()`."""
+    if entries.dtype not in _NON_FINITE or not entries.numel():
+        return True
     as_int, mask, limit = _NON_FINITE[entries.dtype]
-    if int((entries.view(as_int) & mask).max()) >= limit:
-        count = int(entries.isfinite().logical_not().sum())
-        raise NonFiniteTensor(
-            f"{where}: {count} entries of the {entries.numel()} just read are NaN or infinite; "
-            f"repair or leave out this checkpoint"
-        )
+    return int((entries.view(as_int) & mask).max()) < limit

@@ -96,9 +96,7 @@ def _private(name: str) -> type[TensorMethod]:
     try:
         found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError) as problem:
-        raise RecipeError(
-            f"method: {name!r} could not be imported ({problem}); give package.module:Class"
-        ) from None
+        raise RecipeError(f"method: {name!r} could not be imported ({problem}); give package.module:Class") from None
     if not (isinstance(found, type) and issubclass(found, TensorMethod)):
         raise RecipeError(
             f"method: {name!r} is {found!r}; a subclass of raymerge.methods.base.TensorMethod is expected"

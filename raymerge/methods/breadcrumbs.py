@@ -62,10 +62,10 @@ class Breadcrumbs(SparseTaskVectors):
     def start_rule(self, rule: Orders) -> list[BandKept]:
         return [BandKept(low, high) for low, high in rule]
 
-    def mask(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
+    def keep(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
         if rule is not None:
             kept: BandKept = rule[expert]
-            return kept.mask(delta.abs())
+            return kept.keep(delta)
         return keep_row_band(delta, *self.band(expert, delta.shape[-1] if delta.dim() else 1))
 
 

@@ -28,9 +28,9 @@ class DareLinear(SparseTaskVectors):
     rescale: Rescale = "inverse_density"
     """Divide kept entries by density (the paper), scale them to keep the L1 norm (mergekit), or neither."""
 
-    def mask(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
+    def keep(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
         assert draws is not None
-        return draws.bernoulli(delta, self.density[expert])
+        return delta * draws.bernoulli(delta, self.density[expert])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,14 +40,14 @@ class DellaLinear(SparseTaskVectors):
     def unit(self, shape: tuple[int, ...]) -> int:
         return max(1, shape[-1]) if shape else 1
 
-    def mask(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
+    def keep(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
         assert draws is not None
         probability = rank_probabilities(delta, self.density[expert], self.epsilon[expert])
-        kept = draws.bernoulli(delta, probability)
+        kept = delta * draws.bernoulli(delta, probability)
         return kept / probability.to(delta.dtype) if self.rescale == "inverse_density" else kept
 
     def factors(self, norms: Tensor | None) -> list[float]:
-        # Dividing by the probabilities happened entry by entry, in the mask.
+        # Dividing by the probabilities happened entry by entry, in `keep`.
         return [1.0] * len(self.density) if norms is None else SparseTaskVectors.factors(self, norms)
 
 

@@ -85,9 +85,7 @@ class Pcb(StatisticsMethod):
         top = torch.zeros_like(base, dtype=torch.float32)
         below = torch.zeros_like(top)
         scores = _scores(deltas, found.magnitudes)
-        for delta, score, (low, high), (lose, best) in zip(
-            deltas, scores, found.magnitudes, found.scores, strict=True
-        ):
+        for delta, score, (low, high), (lose, best) in zip(deltas, scores, found.magnitudes, found.scores, strict=True):
             share = (score.clamp(lose.value, best.value) - lose.value) / max(best.value - lose.value, 1e-30)
             top += share * delta.sign() * delta.abs().clamp(low.value, high.value)
             below += share
@@ -101,9 +99,7 @@ def _scores(deltas: Sequence[Tensor], magnitudes: Orders) -> list[Tensor]:
     return [
         torch.exp(
             len(floats)
-            * (
-                (delta.abs().clamp(low.value, high.value) - low.value) / max(high.value - low.value, 1e-30)
-            ).square()
+            * ((delta.abs().clamp(low.value, high.value) - low.value) / max(high.value - low.value, 1e-30)).square()
         )
         * torch.tanh(delta * total)
         for delta, (low, high) in zip(floats, magnitudes, strict=True)

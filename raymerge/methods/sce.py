@@ -88,5 +88,5 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
 def _select(deltas: Sequence[Tensor], kept: LargestKept | None) -> list[Tensor]:
     if kept is None:
         return list(deltas)
-    mask = kept.mask(_variance(deltas))
+    mask = kept.keep(_variance(deltas)).sign_()
     return [delta * mask for delta in deltas]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raymerge.methods.base import PerExpert, StatisticsMethod, per_expert, require
-from raymerge.ops.consensus import Divisor, agreeing_sum, plain_sum
+from raymerge.ops.consensus import Divisor, agreeing_sum, divisor_terms, plain_sum
 from raymerge.ops.randomness import Draws
 
 Rescale = Literal["none", "l1", "inverse_density"]
@@ -73,8 +73,8 @@ class SparseTaskVectors(StatisticsMethod):
         return rule
 
     @abstractmethod
-    def mask(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
-        """0-1 float mask of the entries of a chunk that are kept."""
+    def keep(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
+        """A chunk of an expert's task vector with the entries that are not kept set to zero."""
 
     def rounds(self, dtype: torch.dtype) -> int:
         if min(self.density) >= 1:
@@ -107,19 +107,15 @@ class SparseTaskVectors(StatisticsMethod):
         assert base is not None
         found, *draws = more
         kept = self.sparsify([expert - base for expert in experts], found.rule, draws)
-        deltas = [
-            part if factor == 1 else part * factor
-            for part, factor in zip(kept, self.factors(found.norms), strict=True)
-        ]
+        factors = self.factors(found.norms)
         mix = agreeing_sum if self.consensus else plain_sum
-        mixed = mix(deltas, self.coefficient, self.divisor)
+        multipliers = [c * f for c, f in zip(self.coefficient, factors, strict=True)]
+        mixed = mix(kept, multipliers, divisor_terms(self.divisor, self.coefficient))
         return base + (mixed if self.scale == 1 else mixed * self.scale)
 
     def sparsify(self, deltas: Sequence[Tensor], rule: Any, draws: Sequence[Sequence[Draws]]) -> list[Tensor]:
         return [
-            delta
-            if self.density[i] >= 1
-            else delta * self.mask(i, delta, rule, draws[0][i] if draws else None)
+            delta if self.density[i] >= 1 else self.keep(i, delta, rule, draws[0][i] if draws else None)
             for i, delta in enumerate(deltas)
         ]
 

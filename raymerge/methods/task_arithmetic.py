@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from raymerge.methods.base import PerExpert, TensorMethod, per_expert
-from raymerge.ops.consensus import Divisor, plain_sum
+from raymerge.ops.consensus import Divisor, divisor_terms, plain_sum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,5 +27,6 @@ class TaskArithmetic(TensorMethod):
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], *more: Any) -> Tensor:
         assert base is not None
-        mixed = plain_sum([expert - base for expert in experts], self.coefficient, self.divisor)
+        deltas = [expert - base for expert in experts]
+        mixed = plain_sum(deltas, self.coefficient, divisor_terms(self.divisor, self.coefficient))
         return base + mixed * self.scale

@@ -58,6 +58,6 @@ class Ties(SparseTaskVectors):
             return [LargestKept(replace(order, below=0)) for (order,) in rule]
         return [LargestKept(order) for (order,) in rule]
 
-    def mask(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
+    def keep(self, expert: int, delta: Tensor, rule: Any, draws: Draws | None) -> Tensor:
         kept: LargestKept = rule[expert]
-        return kept.mask(delta.abs())
+        return kept.keep(delta)

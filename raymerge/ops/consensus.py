@@ -34,42 +34,44 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))
 
 
-def plain_sum(deltas: Sequence[Tensor], coefficients: Sequence[float], divisor: Divisor) -> Tensor:
-    """`sum_i c_i d_i`, divided by the number of experts or by the sum of the coefficients."""
-    mixed = accumulate(weighted(deltas, coefficients))
+def divisor_terms(divisor: Divisor, coefficients: Sequence[float]) -> Sequence[float] | None:
+    """What each expert adds to the divisor: 1, its coefficient, or None where nothing is divided."""
     if divisor == "none":
+        return None
+    return [1.0] * len(coefficients) if divisor == "count" else coefficients
+
+
+def plain_sum(deltas: Sequence[Tensor], multipliers: Sequence[float], terms: Sequence[float] | None) -> Tensor:
+    """`sum_i w_i d_i`, divided by the sum of `terms` if there are any (and it is not zero)."""
+    mixed = accumulate(weighted(deltas, multipliers))
+    if terms is None:
         return mixed
-    dtype = mixed.dtype
-    terms = [1.0 if divisor == "count" else rounded(c, dtype) for c in coefficients]
-    total = rounded(sum(terms), dtype)
+    total = rounded(sum(rounded(term, mixed.dtype) for term in terms), mixed.dtype)
     return mixed if abs(total) < 1e-8 else mixed / total
 
 
-def agreeing_sum(deltas: Sequence[Tensor], coefficients: Sequence[float], divisor: Divisor) -> Tensor:
-    """Elect the sign of `sum_i c_i d_i` per entry and add up the entries that agree with it.
+def agreeing_sum(deltas: Sequence[Tensor], multipliers: Sequence[float], terms: Sequence[float] | None) -> Tensor:
+    """Elect the sign of `sum_i w_i d_i` per entry and add up the entries `w_i d_i` that agree with it.
 
-    A sum of zero elects plus; zero entries never agree. `divisor` divides by the number of
-    agreeing entries (`count`), by the sum of their coefficients (`coefficient`), or not at all.
+    A sum of zero elects plus; zero entries never agree. The result is divided by the sum of the
+    `terms` of the agreeing experts, if there are terms.
     """
-    entries = weighted(deltas, coefficients)
-    vote = accumulate(entries)
-    positive = torch.ge(vote, 0, out=torch.empty_like(vote))
-    dtype = vote.dtype
-    up = torch.zeros_like(vote, dtype=torch.float32)
-    down = torch.zeros_like(up)
-    for entry in entries:
-        up += entry.clamp(min=0)
-        down += entry.clamp(max=0)
-    # positive is 0 or 1, so this selects exactly.
-    mixed = (positive * up + (1 - positive) * down).to(dtype)
-    if divisor == "none":
+    dtype = deltas[0].dtype
+    entries = [entry.to(torch.float32) for entry in weighted(deltas, multipliers)]
+    vote = entries[0].clone()
+    for entry in entries[1:]:
+        vote += entry
+    # The elected sign, 1 or -1. Multiplied by it, an entry that agrees is positive: exact, and no branch.
+    elected = torch.ge(vote.to(dtype), 0, out=torch.empty_like(vote)).mul_(2).sub_(1)
+    total = vote.zero_()
+    divisor = torch.zeros_like(total)
+    for i, entry in enumerate(entries):
+        agreeing = entry.mul_(elected).relu_()
+        total += agreeing
+        if terms is not None:
+            divisor.add_(agreeing.sign_(), alpha=rounded(terms[i], dtype))
+    mixed = total.mul_(elected).to(dtype)
+    if terms is None:
         return mixed
-    up.zero_()
-    down.zero_()
-    for entry, coefficient in zip(entries, coefficients, strict=True):
-        term = 1.0 if divisor == "count" else rounded(coefficient, dtype)
-        sign = entry.sign()
-        up.add_(sign.clamp(min=0), alpha=term)
-        down.add_(sign.clamp(max=0), alpha=-term)
-    total = (positive * up + (1 - positive) * down).to(dtype)
-    return mixed / (total + torch.eq(total, 0, out=torch.empty_like(total)))
+    below = divisor.to(dtype)
+    return mixed / (below + torch.eq(below, 0, out=torch.empty_like(below)))

@@ -38,9 +38,7 @@ class Draws:
         """A 0-1 mask of `like`'s shape, dtype and device; each entry is 1 with `probability`."""
         drawn = self.uniform(like.numel()).view(like.shape).to(like.device)
         if isinstance(probability, Tensor):
-            return torch.lt(drawn.to(torch.float32), probability * RESOLUTION - RESOLUTION // 2).to(
-                like.dtype
-            )
+            return torch.lt(drawn.to(torch.float32), probability * RESOLUTION - RESOLUTION // 2).to(like.dtype)
         limit = round(probability * RESOLUTION) - RESOLUTION // 2
         if limit >= RESOLUTION // 2:
             return torch.ones_like(like)

@@ -27,10 +27,11 @@ class LargestKept:
         self._value = order.value
         self._ties = Quota(order.equal - order.below)
 
-    def mask(self, magnitude: Tensor) -> Tensor:
-        kept = above(magnitude, self._value)
+    def keep(self, values: Tensor) -> Tensor:
+        """`values` with the entries that are not kept set to zero."""
+        kept = torch.nn.functional.hardshrink(values, self._value)
         if self._ties.left:
-            kept += self._ties.take(equal_to(magnitude, self._value))
+            kept += values * self._ties.take(equal_to(values.abs(), self._value))
         return kept
 
 
@@ -40,20 +41,23 @@ class BandKept:
     def __init__(self, low: Order, high: Order) -> None:
         self._bounds = [(bound.value, Quota(bound.below)) for bound in (low, high)]
 
-    def mask(self, magnitude: Tensor) -> Tensor:
+    def keep(self, values: Tensor) -> Tensor:
+        """`values` with the entries that are not kept set to zero."""
+        magnitude = values.abs()
         from_low, from_high = (self._from(magnitude, *bound) for bound in self._bounds)
-        return from_low - from_high
+        return values * (from_low - from_high)
 
     @staticmethod
     def _from(magnitude: Tensor, value: float, below: Quota) -> Tensor:
+        """1 where an entry has the bound's rank or a higher one."""
         at_bound = equal_to(magnitude, value)
         return above(magnitude, value) + at_bound - below.take(at_bound)
 
 
-def keep_row_band(delta: Tensor, low: int, high: int) -> Tensor:
-    """0-1 mask of the entries of each row with low <= rank < high; `delta` is (rows, width)."""
-    ranks = row_ranks(delta.abs())
-    return ((ranks >= low) & (ranks < high)).to(delta.dtype)
+def keep_row_band(values: Tensor, low: int, high: int) -> Tensor:
+    """(rows, width) with the entries zeroed whose rank in their row is not in [low, high)."""
+    ranks = row_ranks(values.abs())
+    return values * ((ranks >= low) & (ranks < high))
 
 
 def rank_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:

@@ -90,11 +90,7 @@ def karcher_coefficients(products: Tensor, max_iter: int, tol: float) -> list[fl
     def length(c: Tensor) -> float:
         return float((c @ cosines @ c).clamp(min=0).sqrt())
 
-    mean = (
-        share
-        if length(share) >= tol
-        else torch.nn.functional.one_hot(known.int().argmax(), len(norms)).double()
-    )
+    mean = share if length(share) >= tol else torch.nn.functional.one_hot(known.int().argmax(), len(norms)).double()
     mean = mean / length(mean)
     for _ in range(max_iter):
         cosine = (cosines @ mean).clamp(-1, 1)

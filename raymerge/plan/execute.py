@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
-from raymerge.checkpoint.reader import Reader, open_reader
+from raymerge.checkpoint.reader import Reader, is_finite, open_reader
 from raymerge.checkpoint.writer import ShardWriter, open_shard
-from raymerge.errors import RayMergeError
+from raymerge.errors import NonFiniteTensor, RayMergeError
 from raymerge.methods.base import StatisticsMethod, TensorMethod, begin, shaped
 from raymerge.ops.randomness import Draws
 from raymerge.plan.schema import PlannedTensor, ShardJob, Source
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 CHUNK_ON_GPU = 1 << 24
 
 
@@ -118,6 +118,21 @@ class _Stream:
             stored = read_source(self._reader, self.tensor.sources[source], first, count)
         return stored.to(self._job.device, self.dtype)
 
+    def require_finite_inputs(self) -> None:
+        """Raise NonFiniteTensor if an input of the tensor holds NaN or infinity, naming file and tensor."""
+        for source in self.tensor.sources:
+            for first in range(0, self._size, CHUNK):
+                if not is_finite(read_source(self._reader, source, first, min(CHUNK, self._size - first))):
+                    raise NonFiniteTensor(_non_finite(self._reader, source))
+
+    def explain_non_finite(self) -> NoReturn:
+        """Say why the result is not finite: an input is not, or the arithmetic overflowed."""
+        self.require_finite_inputs()
+        raise NonFiniteTensor(
+            f"{self.tensor.name}: the inputs are finite, the result is not: it overflows {self.tensor.arithmetic} "
+            f"or {self.tensor.dtype}; use smaller coefficients, or float32"
+        )
+
     def draws(self) -> tuple[list[Draws], ...]:
         """Fresh random streams for one pass, for methods that draw."""
         if not self.method.random:
@@ -136,25 +151,35 @@ def _measure(stream: _Stream, method: StatisticsMethod, known: Any) -> Tensor:
 
 
 def _merge(stream: _Stream, writer: ShardWriter, known: Any) -> None:
-    method, name = stream.method, stream.tensor.name
+    method, name, dtype = stream.method, stream.tensor.name, DTYPES[stream.tensor.dtype]
     try:
         if isinstance(method, StatisticsMethod) and method.scope == "tensor" and stream.tensor.num_elements:
             for _ in range(method.rounds(stream.dtype)):
                 known = method.conclude(_measure(stream, method, known), known, stream.dtype)
         drawn, begun = stream.draws(), begin(method, known)
         for first, base, experts in stream.chunks():
-            merged = method.merge(base, experts, *begun, *drawn)
-            writer.write(name, first, merged.to("cpu", DTYPES[stream.tensor.dtype]))
+            merged = method.merge(base, experts, *begun, *drawn).to("cpu", dtype)
+            # NaN and infinity survive every method, so looking at what comes out is enough.
+            if not is_finite(merged):
+                stream.explain_non_finite()
+            writer.write(name, first, merged)
     except (ValueError, RuntimeError) as problem:
+        stream.require_finite_inputs()
         raise RayMergeError(f"{name}: merging failed: {problem}") from problem
 
 
 def _copy(tensor: PlannedTensor, reader: Reader, writer: ShardWriter) -> None:
     assert tensor.base is not None
-    size = tensor.num_elements
-    for first in range(0, size, CHUNK):
-        entries = read_source(reader, tensor.base, first, min(CHUNK, size - first))
+    for first in range(0, tensor.num_elements, CHUNK):
+        entries = read_source(reader, tensor.base, first, min(CHUNK, tensor.num_elements - first))
+        if not is_finite(entries):
+            raise NonFiniteTensor(_non_finite(reader, tensor.base))
         writer.write(tensor.name, first, entries.to(DTYPES[tensor.dtype]))
+
+
+def _non_finite(reader: Reader, source: Source) -> str:
+    places = ", ".join(reader.where(tensor) for tensor in source.tensors)
+    return f"{places}: holds NaN or infinity; repair or leave out this checkpoint"
 
 
 def read_source(reader: Reader, source: Source, first: int, count: int) -> Tensor:

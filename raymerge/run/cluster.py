@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ray
 
 from raymerge.errors import RayMergeError
+from raymerge.run.allocator import keep_freed_chunks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,6 +28,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if os.environ.get("RAY_ADDRESS") or os.path.exists("/tmp/ray/ray_current_cluster"):
             try:
@@ -97,6 +99,7 @@ class RayPool:
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
     import torch
 
+    keep_freed_chunks()
     # One core per task; float sums must not depend on how many threads share them.
     torch.set_num_threads(1)
     return function(item)

@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from raymerge.run.allocator import keep_freed_chunks
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -32,6 +34,7 @@ class LocalPool:
         self.threads = threads or len(os.sched_getaffinity(0))
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        keep_freed_chunks()
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(self.threads)
