@@ -2,10 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.workspace import Workspace, open_workspace
@@ -19,6 +19,10 @@ from raymerge.recipe.schema import Recipe
 from raymerge.report.facts import write_facts
 from raymerge.run.merge import Progress, run_plan
 from raymerge.run.pool import LocalPool, Pool
+
+if TYPE_CHECKING:
+    from raymerge.evaluate.measure import Score
+    from raymerge.evaluate.table import Evaluation
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -90,6 +94,37 @@ def merge(
         )
         workspace.publish()
     return _result(workspace.out, planned, reports, elapsed)
+
+
+def evaluate(
+    model: str | Path,
+    recipe: RecipeLike,
+    *,
+    experts: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> "Evaluation":
+    """Measure a merged folder, or any checkpoint, on the recipe's evaluation tasks.
+
+    `experts` measures each expert on its own tasks too, for the share of its score that is kept. With
+    `workers` above 1 the tasks run on Ray, one each. A checkpoint without a classifier is measured with the
+    task's expert's head. Raises RecipeError, CheckpointError.
+    """
+    # Tables and scikit-learn are for evaluation only; merges start faster without.
+    from raymerge.evaluate.measurement import Measurement, collect_scores, measurements
+
+    jobs = measurements(str(model), load_recipe(recipe), experts)
+    results: Iterable[tuple[int, Score]] = enumerate(job.run() for job in jobs)
+    if workers is not None and workers > 1:
+        from raymerge.run.cluster import RayPool
+
+        results = RayPool(workers, memory_bytes=0).map(Measurement.run, jobs)
+    scores = {}
+    for number, score in results:
+        scores[number] = score
+        if progress is not None:
+            progress("evaluating", len(scores), len(jobs))
+    return collect_scores(jobs, [scores[number] for number in range(len(jobs))])
 
 
 def _pool(planned: Plan, recipe: Recipe, local: bool, workers: int | None) -> Pool:

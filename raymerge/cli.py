@@ -135,8 +135,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
     found = catalogue.find(name)
     out_console.print(sys.modules[found.__module__].__doc__ or "", markup=False, highlight=False)
     table = Table("setting", "default", "what it means")
-    for setting, default, text in catalogue.describe(found):
-        table.add_row(setting, default, text)
+    for row in catalogue.describe(found):
+        table.add_row(*row)
     out_console.print(table)
 
 

@@ -44,6 +44,11 @@ def load_language_model(model: str, device: str = "cpu") -> "PreTrainedModel":
     return place(_load(transformers.AutoModelForCausalLM, resolve(model)), device)
 
 
+def has_classifier(config: Mapping[str, Any]) -> bool:
+    """A checkpoint with this `config.json` was saved with a classification head."""
+    return any(str(name).endswith("Classification") for name in config.get("architectures") or ())
+
+
 def load_as_saved(model: str) -> "PreTrainedModel":
     """A model through the class its `config.json` names, in the stored dtype. Raises CheckpointError."""
     location = resolve(model)
