@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from raymerge.errors import RayMergeError
+from raymerge.errors import MemoryBudgetError, RayMergeError, RecipeError
 from raymerge.run.allocator import keep_freed_chunks
 
 Item = TypeVar("Item")
@@ -69,6 +69,7 @@ class RayPool:
     def __init__(self, workers: int | None, memory_bytes: int, gpus_per_worker: float = 0) -> None:
         connect()
         self.device = "cuda" if gpus_per_worker else "cpu"
+        _require_room(num_gpus=gpus_per_worker, memory_bytes=memory_bytes)
         self._workers = workers
         self._options = {
             "num_cpus": 1,
@@ -94,6 +95,24 @@ class RayPool:
         finally:
             for left in running:
                 ray.cancel(left, force=True)
+
+
+def _require_room(num_gpus: float, memory_bytes: int) -> None:
+    """Refuse a request that this machine can never meet, for which Ray would wait without end.
+
+    A cluster may still grow; only Ray started on one machine is asked.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) != 1 or os.environ.get("RAY_ADDRESS"):
+        return
+    room = nodes[0]
+    if num_gpus > room.get("GPU", 0):
+        raise RecipeError(f"compute.gpus_per_worker: {num_gpus:g} asked for, this machine has {room.get('GPU', 0):g}")
+    if memory_bytes > room.get("memory", 0):
+        raise MemoryBudgetError(
+            f"a worker needs {memory_bytes / 1e9:.2f} GB, Ray has {room.get('memory', 0) / 1e9:.2f} GB on this machine; "
+            f"give less with --memory, or use a larger machine"
+        )
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
