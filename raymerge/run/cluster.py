@@ -110,7 +110,7 @@ def _require_room(num_gpus: float, memory_bytes: int) -> None:
         raise RecipeError(f"compute.gpus_per_worker: {num_gpus:g} asked for, this machine has {room.get('GPU', 0):g}")
     if memory_bytes > room.get("memory", 0):
         raise MemoryBudgetError(
-            f"a worker needs {memory_bytes / 1e9:.2f} GB, Ray has {room.get('memory', 0) / 1e9:.2f} GB on this machine; "
+            f"a worker needs {memory_bytes / 1e9:.2f} GB, Ray has {room.get('memory', 0) / 1e9:.2f} GB here; "
             f"give less with --memory, or use a larger machine"
         )
 
