@@ -53,7 +53,7 @@ class DemoResult:
         from rich.box import SIMPLE
         from rich.table import Table
 
-        table = Table(title="accuracy on handwritten digits, by domain", box=SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(title="accuracy on handwritten digits, by domain", box=SIMPLE, padding=0)
         table.add_column("model", no_wrap=True)
         for name in (*DOMAINS, "mean", "kept", "s", "MB"):
             table.add_column(name, justify="right", no_wrap=True)

@@ -98,7 +98,15 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 
 
 def row(name: str, kind: str, score: float) -> Row:
-    return Row(name=name, kind=kind, path=Path("p") / name, scores=dict.fromkeys(DOMAINS, score), share_kept=score)
+    return Row(
+        name=name,
+        kind=kind,
+        path=Path("p") / name,
+        scores=dict.fromkeys(DOMAINS, score),
+        share_kept=score,
+        elapsed_seconds=999.5 if kind == "merge" else None,
+        peak_bytes=1_234_000_000 if kind == "merge" else None,
+    )
 
 
 def test_table_fits_a_terminal() -> None:
@@ -106,13 +114,15 @@ def test_table_fits_a_terminal() -> None:
     result = DemoResult(out=Path("p"), rows=rows, elapsed_seconds=1.0)
     text = io.StringIO()
     Console(file=text, width=80).print(result.to_table())
-    for name in (*METHODS, *DOMAINS):
+    for name in (*METHODS, *DOMAINS, "999.5", "1234"):
         assert name in text.getvalue()
+    assert "…" not in text.getvalue()
     assert result.best.name == next(iter(METHODS))
     assert json.loads(result.to_json())["best"] == str(result.best.path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_whole_demo(tmp_path: Path) -> None:
     result = run_demo(tmp_path / "out", workers=2, quiet=True)
     rows = {row.name: row for row in result.rows}
