@@ -75,11 +75,11 @@ def merge(
         return
     for note in result.plan.notes:
         err_console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
-    resumed = f", {result.shards_resumed} of {len(result.plan.shards)} files were there" if result.shards_resumed else ""
+    there = f", {result.shards_resumed} of {len(result.plan.shards)} files were there" if result.shards_resumed else ""
     out_console.print(
         f"{result.out}: {result.plan.method} of {len(result.plan.models)} checkpoints, "
         f"{result.plan.cost.bytes_written / 1e9:.2f} GB, {result.elapsed_seconds:.1f} s, "
-        f"peak {result.peak_bytes / 1e9:.2f} GB per process{resumed}",
+        f"peak {result.peak_bytes / 1e9:.2f} GB per process{there}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -174,7 +174,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     if quiet or not err_console.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    texts = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), texts, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err_console, transient=True) as bars:
         task = bars.add_task("planning", total=None)
 
@@ -212,7 +213,8 @@ def _print_plan(planned: "Plan") -> None:
         f"{cost.peak_bytes_per_worker / 1e9:.2f} GB, of which {cost.baseline_bytes / 1e9:.2f} GB are libraries",
     )
     for number, call in enumerate(planned.calls[:5]):
-        table.add_row("settings" if number == 0 else "", ", ".join(f"{k} {_shown(v)}" for k, v in call.settings.items()))
+        settings = ", ".join(f"{key} {_shown(value)}" for key, value in call.settings.items())
+        table.add_row("settings" if number == 0 else "", settings)
     if len(planned.calls) > 5:
         table.add_row("", f"and {len(planned.calls) - 5} more sets, by depth and filter")
     out_console.print(table)
@@ -240,7 +242,8 @@ def main() -> None:
     except RayMergeError as problem:
         if debug:
             raise
-        err_console.print(f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said = f"{type(problem).__name__}: {problem}"
+        err_console.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
         _leave(problem.exit_code)
     except KeyboardInterrupt:
         err_console.print("stopped; the same command goes on from here", style="yellow")

@@ -5,7 +5,9 @@ _END = "{% endfor %}"
 
 CHAT_TEMPLATES = {
     "chatml": (
-        _LOOP + "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n" + _END
+        _LOOP
+        + "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        + _END
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "alpaca": (
@@ -17,13 +19,15 @@ CHAT_TEMPLATES = {
         + "{% if add_generation_prompt %}### Response:\n{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}" + _LOOP
+        "{{ bos_token }}"
+        + _LOOP
         + "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
         + _END
         + "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     ),
     "mistral": (
-        "{{ bos_token }}" + _LOOP
+        "{{ bos_token }}"
+        + _LOOP
         + "{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
         + "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
         + "{% else %}{{ message['content'] }}{% endif %}"

@@ -4,7 +4,7 @@ Everything is read off the class that `architectures` names, or off that class b
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from raymerge.errors import CheckpointError
+from raymerge.models.quiet import quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,7 @@ def num_blocks_key(config: Mapping[str, Any]) -> str:
     for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
         if key in config:
             return key
-    raise CheckpointError(
-        f"config.json of {config.get('model_type')}: no number of blocks; slices cannot be merged"
-    )
+    raise CheckpointError(f"config.json of {config.get('model_type')}: no number of blocks; slices cannot be merged")
 
 
 def skeleton(config: Mapping[str, Any]) -> Skeleton:
@@ -73,12 +72,10 @@ def _skeleton(frozen: _Frozen) -> Skeleton:
             f"embeddings and slices need a known model class"
         )
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             model = architecture(architecture.config_class.from_dict(config))
     except Exception as problem:
-        raise CheckpointError(
-            f"config.json: {architecture.__name__} cannot be built from it: {problem}"
-        ) from None
+        raise CheckpointError(f"config.json: {architecture.__name__} cannot be built from it: {problem}") from None
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefixes = {id(module): name for name, module in model.named_modules()}
 
@@ -103,18 +100,6 @@ def _embedding(model: Any, getter: str) -> Any:
     with contextlib.suppress(NotImplementedError, AttributeError):
         return getattr(model, getter)()
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _class(config: Mapping[str, Any]) -> Any:

@@ -80,11 +80,7 @@ def extend_tokenizer(tokenizer: Any, tokens: Sequence[str], donors: Sequence[Any
     """Add tokens to a tokenizer, as special where the first donor that has them says so."""
     from transformers import AddedToken
 
-    special = {
-        str(added): added.special
-        for donor in reversed(donors)
-        for added in donor.added_tokens_decoder.values()
-    }
+    special = {str(added): added.special for donor in reversed(donors) for added in donor.added_tokens_decoder.values()}
     tokenizer.add_tokens([AddedToken(t, special=special.get(t, False), normalized=False) for t in tokens])
     return tokenizer
 

@@ -305,22 +305,20 @@ class _Planner:
 
     def _check_scopes(self, tensors: Iterable[PlannedTensor]) -> None:
         """Statistics of the whole model need the same settings, experts and arithmetic for every tensor."""
-        used = {(t.call, t.arithmetic, len(t.experts)) for t in tensors if t.call is not None}
-        built = [
-            (self.calls.found[call].build(), arithmetic, count) for call, arithmetic, count in used if call is not None
-        ]
+        used = dict.fromkeys((t.call, t.arithmetic, len(t.experts)) for t in tensors if t.call is not None)
+        built = [(self.calls.found[call].build(), arithmetic, count) for call, arithmetic, count in used]
         whole = [(m, a, n) for m, a, n in built if isinstance(m, StatisticsMethod) and m.scope == "model"]
         if not whole:
             return
-        scoped = {
+        scoped = dict.fromkeys(
             (*(getattr(method, key) for key in method.scoped_settings), arithmetic, count)
             for method, arithmetic, count in whole
-        }
+        )
         if len(whole) < len(built) or len(scoped) > 1:
             keys = ", ".join(whole[0][0].scoped_settings)
             raise RecipeError(
-                f"settings: {self.recipe.method} ranks entries over the whole model, so {keys}, experts and dtypes must "
-                f"be the same for all tensors; use trim_scope: tensor where the method has it"
+                f"settings: {self.recipe.method} ranks entries over the whole model, so {keys}, experts and dtypes "
+                f"must be the same for all tensors; use trim_scope: tensor where the method has it"
             )
 
     def _shard_size(self, tensors: Sequence[PlannedTensor]) -> int:

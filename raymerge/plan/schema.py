@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
 from raymerge import methods
 from raymerge.checkpoint.location import Location
@@ -24,17 +24,20 @@ class Model:
     fingerprint: str
 
 
+def _list_as_tuple(value: Any) -> Any:
+    # JSON has lists only; per-expert settings are tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """A method with all its settings, as used for some tensors."""
 
     method: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Annotated[Any, AfterValidator(_list_as_tuple)]]
 
     def build(self) -> TensorMethod:
-        # JSON has lists only; per-expert settings are tuples.
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
-        return methods.find(self.method)(**settings)
+        return methods.find(self.method)(**self.settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
