@@ -69,7 +69,8 @@ def normalized_mean_coefficients(products: Tensor, shares: Sequence[float], eps:
     per_unit = weight / (norms + eps)
     length = float((per_unit @ products @ per_unit).clamp(min=0).sqrt())
     if length < eps:
-        if len(shares) == 2:
+        # Task vectors that are all zero (a frozen layer) have a mean: zero.
+        if len(shares) == 2 or not bool(norms.any()):
             return list(shares)
         raise ValueError("the weighted unit tensors cancel; give other coefficients")
     return [float(c) for c in per_unit / length * (weight * norms).sum()]
