@@ -95,7 +95,7 @@ def _private(name: str) -> type[TensorMethod]:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as problem:
+    except (ImportError, AttributeError, ValueError) as problem:
         raise RecipeError(f"method: {name!r} could not be imported ({problem}); give package.module:Class") from None
     if not (isinstance(found, type) and issubclass(found, TensorMethod)):
         raise RecipeError(

@@ -1,19 +1,35 @@
 """Read a recipe: YAML text, a file, or a dict; our own format or mergekit's. Typos are refused here."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from raymerge import methods
 from raymerge.errors import RecipeError
 from raymerge.recipe import mergekit
 from raymerge.recipe.schema import Recipe
 from raymerge.recipe.settings import check_settings, nearest
+from raymerge.recipe.validation import validate
 
 RESERVED = ("base", "union", "auto")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `1e-3` is a number, as in YAML 1.2 and as everyone means it, and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+        return found
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -26,22 +42,14 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return source
     where = "recipe" if isinstance(source, Mapping) else str(source)
     content = dict(source) if isinstance(source, Mapping) else _read(Path(source))
-    recipe = mergekit.read(content, where) if "merge_method" in content else validate(content, where)
+    recipe = mergekit.read(content, where) if "merge_method" in content else validate(Recipe, content, where)
     _check(recipe, where)
     return recipe
 
 
-def validate(content: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from a dict in our own format. Raises RecipeError for unknown keys and wrong types."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as problem:
-        raise RecipeError("\n".join(f"{where}: {_explain(error, Recipe)}" for error in problem.errors())) from None
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as problem:
         raise RecipeError(f"{path}: cannot be read: {problem.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
@@ -51,32 +59,6 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: found {type(content).__name__}; a mapping with base, experts and method is expected"
         )
     return content
-
-
-def _explain(error: Any, root: type[BaseModel]) -> str:
-    # pydantic names the branch of a union or validator in the location too; users have not written those.
-    place = [part for part in error["loc"] if not (isinstance(part, str) and ("[" in part or "-" in part))]
-    text = ".".join(map(str, place))
-    if error["type"] == "extra_forbidden":
-        return f"{text}: unknown key; {nearest(str(place[-1]), _keys_at(root, place[:-1]))}"
-    said = error["msg"]
-    return f"{text}: {said[0].lower()}{said[1:]}, found {error['input']!r}"
-
-
-def _keys_at(model: type[BaseModel], place: list[Any]) -> list[str]:
-    """The keys allowed at a place in a recipe."""
-    for part in place:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        inner = _model_in(field.annotation) if field else None
-        model = inner or model
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_model_in(inner) for inner in getattr(annotation, "__args__", ()))
-    return next((model for model in found if model), None)
 
 
 def _check(recipe: Recipe, where: str) -> None:

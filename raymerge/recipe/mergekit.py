@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from raymerge.errors import RecipeError
 from raymerge.recipe.schema import Filtered, Part, Recipe, Setting, Settings
 from raymerge.recipe.settings import nearest
+from raymerge.recipe.validation import validate
 
 
 class Model(Part):
@@ -143,17 +142,7 @@ _BASE_IS_INPUT = ("linear", "karcher", "passthrough")
 
 def read(content: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from the content of a mergekit YAML. Raises RecipeError."""
-    try:
-        config = Configuration.model_validate(content)
-    except ValidationError as problem:
-        error = problem.errors()[0]
-        key = ".".join(map(str, error["loc"]))
-        hint = (
-            f"; {nearest(str(error['loc'][-1]), Configuration.model_fields)}"
-            if error["type"] == "extra_forbidden"
-            else ""
-        )
-        raise RecipeError(f"{where}: {key}: {error['msg'].lower()} (mergekit format){hint}") from None
+    config = validate(Configuration, content, where, " (mergekit format)")
     return _Reading(config, where).recipe()
 
 
@@ -184,6 +173,10 @@ class _Reading:
                 raise RecipeError(f"{self.where}: {place}: LoRA references are not read; merge the adapter first")
             if isinstance(inner, str):
                 return inner
+            if not isinstance(inner, dict) or not isinstance(inner.get("path"), str):
+                raise RecipeError(
+                    f"{self.where}: {place}: found {ref!r}; a path, or a mapping with a path, is expected"
+                )
             revision = inner.get("revision")
             return f"{inner['path']}@{revision}" if revision else str(inner["path"])
         if "+" in str(ref):
@@ -256,7 +249,8 @@ class _Reading:
             f"arithmetic in {config.dtype or 'the stored dtype'}, as mergekit does"
             + ("; linear always in float32" if config.merge_method == "linear" else "")
         )
-        recipe = Recipe.model_validate(
+        recipe = validate(
+            Recipe,
             {
                 "base": self.base,
                 "experts": experts,
@@ -265,7 +259,8 @@ class _Reading:
                 "slices": slices,
                 "arithmetic": config.dtype or "stored",
                 "output": self.output(),
-            }
+            },
+            self.where,
         )
         return recipe.annotated(tuple(f"mergekit: {note}" for note in self.notes), self.mapping.required)
 

@@ -108,7 +108,8 @@ def check_settings(method_name: str, method: type[TensorMethod], settings: Setti
         kind = float if is_per_expert(known[key]) else get_type_hints(method)[key]
         for leaf in _leaves(value):
             try:
-                TypeAdapter(kind).validate_python(leaf, strict=isinstance(leaf, bool))
+                # Words are no numbers, and what is checked is used as it stands, so 2.0 is no integer.
+                TypeAdapter(kind).validate_python(leaf, strict=isinstance(leaf, bool | str) or kind is int)
             except ValidationError as problem:
                 said = problem.errors()[0]["msg"]
                 raise RecipeError(f"{where}.{key}: found {leaf!r}; {said[0].lower()}{said[1:]}") from None
