@@ -6,6 +6,7 @@ made, so that all workers read the same bytes; files come from, and stay in, the
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from raymerge.errors import CheckpointError
@@ -28,7 +29,7 @@ class Location:
     def files(self) -> dict[str, int]:
         """Names of the files at the top of the checkpoint, with their sizes in bytes."""
         if self.is_hub:
-            return _hub_files(self)
+            return dict(_hub_files(self))
         return {entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()}
 
     def local_path(self, name: str) -> Path:
@@ -84,6 +85,7 @@ def _cached_commit(name: str, revision: str, text: str) -> str:
     return Path(found).parent.name
 
 
+@lru_cache(maxsize=256)
 def _hub_files(location: Location) -> dict[str, int]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -15,7 +15,8 @@ from pathlib import Path
 from raymerge.checkpoint.writer import TEMPORARY, sync_folder, write_text
 from raymerge.errors import OutputError, StorageError
 
-_DIGEST = "raymerge/plan.sha256"
+_OURS = "raymerge"
+_DIGEST = f"{_OURS}/plan.sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,9 @@ def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspac
     """
     out = out.absolute()
     partial = out.with_name(f"{out.name}.partial")
-    if _is_taken(out):
-        if _digest_of(out) == digest and not overwrite:
-            yield Workspace(out, out, True)
-            return
-        if not overwrite:
-            raise OutputError(f"{out}: exists and is not the result of this recipe; choose another folder or overwrite")
-        _require_ours(out)
+    if _is_finished(out, digest, overwrite):
+        yield Workspace(out, out, True)
+        return
     try:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -74,12 +71,32 @@ def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspac
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"{partial}: another process is writing it; wait for it, or stop it") from None
-        _resume_or_begin(partial, digest, overwrite)
-        if _is_taken(out):
-            shutil.rmtree(out)
+        # Another process may have put its output in place since it was looked for.
+        if _is_finished(out, digest, overwrite):
+            shutil.rmtree(partial, ignore_errors=True)
+            yield Workspace(out, out, True)
+            return
+        try:
+            _resume_or_begin(partial, digest, overwrite)
+            if _is_taken(out):
+                shutil.rmtree(out)
+        except OSError as problem:
+            raise OutputError(f"{problem.filename or out}: cannot be removed: {problem.strerror}") from None
         yield Workspace(out, partial, False)
     finally:
         os.close(handle)
+
+
+def _is_finished(out: Path, digest: str, overwrite: bool) -> bool:
+    """True if the output is there already. Raises OutputError if something else is, and may not be removed."""
+    if not _is_taken(out):
+        return False
+    if overwrite:
+        _require_ours(out)
+        return False
+    if _digest_of(out) != digest:
+        raise OutputError(f"{out}: exists and is not the result of this recipe; choose another folder or overwrite")
+    return True
 
 
 def _resume_or_begin(partial: Path, digest: str, overwrite: bool) -> None:
@@ -90,9 +107,15 @@ def _resume_or_begin(partial: Path, digest: str, overwrite: bool) -> None:
         raise OutputError(
             f"{partial}: holds unfinished work of another recipe or of inputs that have changed; remove it or overwrite"
         )
-    for entry in partial.iterdir():
-        if entry.name != _LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    entries = [entry for entry in partial.iterdir() if entry.name not in (_LOCK, _OURS)]
+    if found is None and entries:
+        raise OutputError(f"{partial}: holds {entries[0].name}, which RayMerge did not write; move it away")
+    # What says that the rest is ours goes last.
+    for entry in [*entries, partial / _OURS]:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
     write_text(partial / _DIGEST, digest)
 
 

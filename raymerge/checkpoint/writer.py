@@ -4,7 +4,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -60,14 +60,14 @@ def open_shard(path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, 
         os.rename(temporary, path)
         sync_folder(path.parent)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = (
             f"{size} bytes are needed; free some space and run the same command again" if full else "check the disk"
         )
         raise StorageError(f"{path}: cannot be written: {problem.strerror}; {advice}") from None
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
 
 
@@ -82,8 +82,14 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.rename(temporary, path)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise StorageError(f"{path}: cannot be written: {problem.strerror}") from None
+
+
+def _discard(temporary: Path) -> None:
+    """Remove what is left of a failed write; what made it fail is what the user should hear of."""
+    with suppress(OSError):
+        temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
