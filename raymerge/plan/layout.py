@@ -77,7 +77,7 @@ def _sliced(recipe: Recipe, frame: Checkpoint) -> list[Place]:
             position += 1
     outside = [name for name in frame.tensors if not ((b := block_name(name)) and b.prefix == prefix)]
     first, last = slices[0], slices[-1]
-    before = _before_blocks(frame, prefix) if tuple(first.sources) != tuple(last.sources) else frozenset(outside)
+    before = frozenset(outside) if len(slices) == 1 else _before_blocks(frame, prefix)
     around = []
     for name in outside:
         part = first if name in before else last

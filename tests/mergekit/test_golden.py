@@ -43,11 +43,6 @@ ROUNDED_THROUGHOUT = {
     "nuslerp_columns": 3,
 }
 
-KNOWN = {
-    "nuslerp_base_float32": "a task vector of zero: mergekit takes cosine 0, so sin(t pi/2); ours is linear",
-    "slices_slerp": "norm and lm_head after the blocks must take the last slice's settings; ours takes the first's",
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,10 +97,7 @@ def test_inputs_are_what_mergekit_merged(folder: Path) -> None:
         assert (facts["inputs"], facts["mergekit"]) == (found, "0.1.5"), recipe
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(r, marks=pytest.mark.xfail(reason=KNOWN[r], strict=True)) if r in KNOWN else r for r in RECIPES],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_deterministic_recipe(recipe: str, tmp_path: Path) -> None:
     theirs, facts = golden(recipe)
     out = tmp_path / "out"
