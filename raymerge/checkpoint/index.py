@@ -97,16 +97,16 @@ def _check_index(location: Location, tensors: Mapping[str, tuple[str, Entry]]) -
 def _read_header(location: Location, name: str, size: int) -> tuple[tuple[Entry, ...], bytes]:
     """The entries of a shard, and bytes that identify it."""
     where = f"{location}/{name}"
-    if location.is_hub:
-        head = _read_hub_header(location, name, size)
-        stamp = b""
+    path = location.cached_path(name) if location.is_hub else location.local_path(name)
+    if path is None:
+        head, stamp = _read_hub_header(location, name, size), b""
     else:
-        path = location.local_path(name)
         try:
             with path.open("rb") as file:
                 first = file.read(8)
                 head = file.read(header_length(first, size, where))
-                stamp = str(path.stat().st_mtime_ns).encode()
+                # A file of a commit on the hub never changes.
+                stamp = b"" if location.is_hub else str(path.stat().st_mtime_ns).encode()
         except OSError as problem:
             raise CheckpointError(f"{where}: cannot be read: {problem.strerror}") from None
     return parse_header(head, size, where), head + stamp + str(size).encode()
@@ -121,5 +121,7 @@ def _read_hub_header(location: Location, name: str, size: int) -> bytes:
         with HfFileSystem().open(f"{location.path}@{location.revision}/{name}", "rb", block_size=1 << 16) as file:
             first = bytes(file.read(8))
             return bytes(file.read(header_length(first, size, where)))
-    except OSError as problem:
+    except CheckpointError:
+        raise
+    except Exception as problem:  # of the HTTP library that the hub's client happens to use
         raise CheckpointError(f"{where}: its header could not be read from the hub: {problem}") from None

@@ -47,6 +47,13 @@ class Location:
             raise CheckpointError(f"{path}: no such file; is the checkpoint complete?")
         return path
 
+    def cached_path(self, name: str) -> Path | None:
+        """Where a file of a hub's checkpoint lies in the cache; None if it has not been downloaded."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.path, name, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
 
 def resolve(text: str) -> Location:
     """Find a checkpoint: a local folder if there is one of that name, else `org/name[@revision]` on the hub.
@@ -62,7 +69,7 @@ def resolve(text: str) -> Location:
     if folder.is_absolute() or text.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{text}: no such folder, and not a hub id (org/name[@revision])")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         found = HfApi().model_info(name, revision=revision or None)
@@ -70,8 +77,10 @@ def resolve(text: str) -> Location:
         raise CheckpointError(f"{text}: no such folder, and the hub has no such repository for you") from None
     except OfflineModeIsEnabled:
         return Location(name, _cached_commit(name, revision or "main", text))
-    except (HfHubHTTPError, OSError, ValueError) as problem:
+    except Exception as problem:  # of the HTTP library that the hub's client happens to use
         raise CheckpointError(f"{text}: no such folder, and the hub did not answer: {problem}") from None
+    # By its name, so that the cache knows which commit the name means when offline.
+    _hub_download(Location(name, revision or "main"), "config.json")
     return Location(name, found.sha)
 
 
@@ -94,16 +103,18 @@ def _hub_files(location: Location) -> dict[str, int]:
         info = HfApi().model_info(location.path, revision=location.revision, files_metadata=True)
     except OfflineModeIsEnabled:
         return Location(str(_hub_download(location, "config.json").parent)).files()
+    except Exception as problem:
+        raise CheckpointError(f"{location}: the hub did not answer: {problem}") from None
     return {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
 
 
 def _hub_download(location: Location, name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(location.path, name, revision=location.revision))
     except EntryNotFoundError:
         raise CheckpointError(f"{location}: no file {name}; is the checkpoint complete?") from None
-    except (HfHubHTTPError, OSError) as problem:
+    except Exception as problem:
         raise CheckpointError(f"{location}: {name} could not be downloaded: {problem}") from None

@@ -37,9 +37,10 @@ class Workspace:
         try:
             for left in self.folder.rglob(f"*{TEMPORARY}"):
                 left.unlink(missing_ok=True)
-            (self.folder / _LOCK).unlink()
             sync_folder(self.folder)
             os.rename(self.folder, self.out)
+            # Not before: whoever takes the lock must find either the lock held or the output in place.
+            (self.out / _LOCK).unlink()
             sync_folder(self.out.parent)
         except OSError as problem:
             raise StorageError(f"{self.out}: cannot be put in place: {problem.strerror}") from None
