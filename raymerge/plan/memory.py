@@ -35,7 +35,7 @@ _UNITS = {
 
 def parse_bytes(text: str | int, where: str) -> int:
     """A number of bytes from `5GB`, `64MiB` or a plain number. Raises RecipeError."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-zA-Z]*)\s*", str(text))
     if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
         raise RecipeError(f"{where}: found {text!r}; a size is expected, as 5GB or 64MiB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
