@@ -172,9 +172,12 @@ def _copy(tensor: PlannedTensor, reader: Reader, writer: ShardWriter) -> None:
     assert tensor.base is not None
     for first in range(0, tensor.num_elements, CHUNK):
         entries = read_source(reader, tensor.base, first, min(CHUNK, tensor.num_elements - first))
-        if not is_finite(entries):
-            raise NonFiniteTensor(_non_finite(reader, tensor.base))
-        writer.write(tensor.name, first, entries.to(DTYPES[tensor.dtype]))
+        written = entries.to(DTYPES[tensor.dtype])
+        if not is_finite(written):
+            if not is_finite(entries):
+                raise NonFiniteTensor(_non_finite(reader, tensor.base))
+            raise NonFiniteTensor(f"{tensor.name}: overflows {tensor.dtype}; set output.dtype to a wider one")
+        writer.write(tensor.name, first, written)
 
 
 def _non_finite(reader: Reader, source: Source) -> str:
