@@ -38,9 +38,7 @@ def measurements(model: str, recipe: Recipe, experts: bool) -> list[Measurement]
         check_task(task)
     jobs = [_of_model(model, task, recipe) for task in recipe.evaluate]
     owned = [(task, task.expert) for task in recipe.evaluate if task.expert is not None] if experts else []
-    return jobs + [
-        Measurement(model=recipe.experts[expert].path, task=task, of_expert=True) for task, expert in owned
-    ]
+    return jobs + [Measurement(model=recipe.experts[expert].path, task=task, of_expert=True) for task, expert in owned]
 
 
 def _of_model(model: str, task: Task, recipe: Recipe) -> Measurement:

@@ -123,6 +123,8 @@ def merge_whole(
     """
     first = experts[0]
     shape = tuple(first.shape)
+    if not first.numel():
+        return first.clone()
     unit = method.unit(shape)
     size = first.numel() if chunk is None else max(unit, chunk // unit * unit)
     known: Any = None
@@ -146,7 +148,7 @@ def merge_whole(
     drawn = draws()
     begun = begin(method, known)
     parts = [method.merge(*cut(start), *begun, *drawn).flatten() for start in starts]
-    return torch.cat(parts).view(shape) if parts else first.clone()
+    return torch.cat(parts).view(shape)
 
 
 def begin(method: TensorMethod, known: Any) -> tuple[Any, ...]:
@@ -155,9 +157,9 @@ def begin(method: TensorMethod, known: Any) -> tuple[Any, ...]:
 
 
 def shaped(chunk: Tensor, unit: int, shape: tuple[int, ...]) -> Tensor:
-    """Give a flat chunk the shape a method with this unit expects."""
+    """Give a flat chunk the shape a method with this unit expects; a scalar is a row of one entry."""
     if unit == max(1, prod(shape)):
-        return chunk.view(shape)
+        return chunk.view(shape) if shape else chunk
     return chunk if unit == 1 and shape[-1] != 1 else chunk.view(-1, unit)
 
 

@@ -42,15 +42,14 @@ class Nuslerp(StatisticsMethod):
         return gram(self._ends(base, experts))
 
     def conclude(self, total: Tensor, known: Any, dtype: torch.dtype) -> tuple[float, float]:
-        # The sine of the smallest angle that is not parallel is 1e-8.
-        return slerp_coefficients(total, self.t, 1 - 5e-17)
+        return slerp_coefficients(total, self.t, parallel=1.0)
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], *more: Any) -> Tensor:
         ends = self._ends(base, experts)
         if self.over == "tensor":
             mixed = combine(ends, more[0])
         elif self.over == "row" or ends[0].dim() == 0:
-            mixed = slerp_rows(*ends, self.t).to(ends[0].dtype)
+            mixed = slerp_rows(ends[0], ends[1], self.t).to(ends[0].dtype)
         else:
             left, right = (end.transpose(0, -1) for end in ends)
             mixed = slerp_rows(left, right, self.t).transpose(0, -1).to(left.dtype)

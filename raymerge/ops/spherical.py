@@ -35,13 +35,13 @@ def combine(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
 def slerp_coefficients(products: Tensor, t: float, parallel: float) -> tuple[float, float]:
     """Coefficients of spherical interpolation between two tensors, from their Gram matrix (2, 2).
 
-    Linear where the cosine of the angle is above `parallel` in absolute value. A tensor of zeros has no
+    Linear where the cosine of the angle is at least `parallel` in absolute value. A tensor of zeros has no
     direction and counts as perpendicular, as in mergekit.
     """
     norms = products.diagonal().sqrt().tolist()
     known = min(norms) > 1e-8
     cosine = max(-1.0, min(1.0, float(products[0, 1]) / (norms[0] * norms[1]))) if known else 0.0
-    if abs(cosine) > parallel:
+    if abs(cosine) >= parallel:
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

@@ -16,13 +16,15 @@ def is_matrix(tensor: Tensor) -> bool:
 def orthonormal(vectors: Tensor) -> Tensor:
     """The orthonormal matrix nearest to `vectors` (O, k), by its polar factor."""
     u, _, vh = torch.linalg.svd(vectors, full_matrices=False)
-    return u @ vh
+    nearest: Tensor = u @ vh
+    return nearest
 
 
 def isotropic(total: Tensor) -> Tensor:
     """Replace all singular values of (O, I) by their mean."""
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    return s.mean() * (u @ vh)
+    flattened: Tensor = s.mean() * (u @ vh)
+    return flattened
 
 
 def isotropic_common_and_specific(deltas: Sequence[Tensor], common_fraction: float) -> Tensor:
