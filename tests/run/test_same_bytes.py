@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from command import python
-from tiny import load, make_llama, recipe, save, weights
+from tiny import load, make_llama, numbers, recipe, save, weights
 
 from raymerge import api
 from raymerge.errors import CheckpointError, NonFiniteTensor, RecipeError, StorageError
@@ -31,8 +31,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     for seed, name in enumerate(("base", "a", "b", "c")):
         # A tensor of several chunks, the last of them short.
-        big = torch.randn(700, 1024, generator=torch.Generator().manual_seed(seed)) * 0.1
-        make_llama(folder / name, seed, dtype=torch.bfloat16, extra={"big.weight": big.to(torch.bfloat16)})
+        big = numbers({"big.weight": (700, 1024)}, seed, 0)["big.weight"].to(torch.bfloat16)
+        make_llama(folder / name, seed, dtype=torch.bfloat16, extra={"big.weight": big})
     return folder
 
 
