@@ -1,6 +1,5 @@
 """The command line: each command parses, calls one verb, and prints with Rich."""
 
-import importlib
 import json
 import os
 import sys
@@ -8,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,7 +18,10 @@ from raymerge import __version__
 from raymerge.errors import RayMergeError
 
 if TYPE_CHECKING:
+    from raymerge.api import MergeResult
     from raymerge.plan.schema import Plan
+
+Result = TypeVar("Result")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,14 +64,16 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Run any method and write a Hugging Face checkpoint."""
-    if not local:
-        _start_ray()
-    from raymerge import api
 
-    with _progress(quiet) as progress:
-        result = api.merge(
+    def verb() -> "MergeResult":
+        from raymerge import api
+
+        return api.merge(
             recipe, out, local=local, workers=workers, memory=memory, overwrite=overwrite, progress=progress
         )
+
+    with _progress(quiet) as progress:
+        result = verb() if local else _beside_ray(verb)
     if quiet:
         return
     for note in result.plan.notes:
@@ -147,21 +150,20 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train four experts on real handwritten digits, merge them with many methods, compare; offline, minutes."""
-    _start_ray()
-    from raymerge.demo.demo import run_demo
 
-    run_demo(out, workers=workers, quiet=quiet)
+    def verb() -> None:
+        from raymerge.demo.demo import run_demo
+
+        run_demo(out, workers=workers, quiet=quiet)
+
+    _beside_ray(verb)
 
 
-def _start_ray() -> None:
-    """Start Ray and its workers while torch is imported: both take seconds, mostly of waiting."""
-    importing = Thread(target=importlib.import_module, args=("raymerge.api",))
-    importing.start()
-    from raymerge.run import cluster
+def _beside_ray(verb: Callable[[], Result]) -> Result:
+    """Call a verb while Ray starts: both take seconds before they do anything."""
+    from raymerge.run.cluster import run_beside_start
 
-    cluster.connect()
-    cluster.warm_up()
-    importing.join()
+    return run_beside_start(verb)
 
 
 def _first_line(found: type) -> str:

@@ -76,7 +76,6 @@ def _skeleton(frozen: _Frozen) -> Skeleton:
             model = architecture(architecture.config_class.from_dict(config))
     except Exception as problem:
         raise CheckpointError(f"config.json: {architecture.__name__} cannot be built from it: {problem}") from None
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefixes = {id(module): name for name, module in model.named_modules()}
 
     def parameters_of(module: Any) -> tuple[str, ...]:
@@ -88,7 +87,7 @@ def _skeleton(frozen: _Frozen) -> Skeleton:
     output = _embedding(model, "get_output_embeddings")
     inputs = parameters_of(embedding)
     return Skeleton(
-        tuple(dict.fromkeys(names.values())),
+        tuple(name for name, _ in model.named_parameters(remove_duplicate=False)),
         inputs[0] if inputs else None,
         parameters_of(output),
         bool(getattr(model.config, "tie_word_embeddings", False)),

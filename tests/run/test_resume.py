@@ -29,7 +29,7 @@ from raymerge.methods.linear import Linear
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slow(Linear):
-    seconds: float = 0.1
+    seconds: float = 0.25
 
     def merge(self, base: Any, experts: Sequence[Any], *more: Any) -> Any:
         time.sleep(0 if Path("fast").exists() else self.seconds)
