@@ -25,7 +25,7 @@ class IsoC(TensorMethod):
     """Multiplier of the merged task vector (alpha in the paper, tuned in (0, 3])."""
 
     def scratch_copies(self, num_experts: int) -> int:
-        return num_experts + 8
+        return num_experts + 4
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], *more: Any) -> Tensor:
         assert base is not None
@@ -45,6 +45,9 @@ class IsoCts(IsoC):
 
     common_fraction: float = 0.8
     """Share of the directions taken from the sum of the task vectors, in (0, 1]."""
+
+    def scratch_copies(self, num_experts: int) -> int:
+        return num_experts + 8
 
     def check(self) -> None:
         require(0 < self.common_fraction <= 1, f"common_fraction {self.common_fraction} must be in (0, 1]")
