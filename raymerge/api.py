@@ -11,9 +11,9 @@ from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.workspace import Workspace, open_workspace
 from raymerge.errors import RecipeError, StorageError
 from raymerge.plan.build import build_plan
-from raymerge.plan.execute import ShardReport
 from raymerge.plan.finish import choose_chat_template, finish_folder
 from raymerge.plan.schema import Plan
+from raymerge.plan.units import discard_units
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
 from raymerge.report.facts import write_facts
@@ -42,12 +42,16 @@ def plan(recipe: RecipeLike, *, memory: str | int | None = None) -> Plan:
     """Check a recipe against its checkpoints' headers and say exactly what a merge would do.
 
     `recipe` is a path, a dict, or a loaded recipe, ours or mergekit's; `memory` (as "2GB") is the most
-    a worker may hold. Raises UserError of every kind.
+    a worker may hold. Checkpoints that are only a `config.json` are planned too, and said to be. Raises UserError
+    of every kind.
     """
-    loaded = load_recipe(recipe)
+    return _plan(load_recipe(recipe), memory, weightless=True)
+
+
+def _plan(loaded: Recipe, memory: str | int | None, weightless: bool) -> Plan:
     if memory is not None:
         loaded = loaded.with_memory(memory)
-    planned = build_plan(loaded)
+    planned = build_plan(loaded, weightless=weightless)
     if planned.chat_template is not None:
         choose_chat_template(planned.chat_template, planned)
     return planned
@@ -72,16 +76,30 @@ def merge(
     """
     begun = time.perf_counter()
     loaded = load_recipe(recipe)
-    planned = plan(loaded, memory=memory)
+    planned = _plan(loaded, memory, weightless=False)
     tell = progress or (lambda *_: None)
     target = Path(out)
     with open_workspace(target, planned.digest, overwrite) as workspace:
         if workspace.finished:
-            return _result(workspace.out, planned, [], time.perf_counter() - begun)
+            return MergeResult(
+                out=workspace.out,
+                plan=planned,
+                elapsed_seconds=time.perf_counter() - begun,
+                peak_bytes=0,
+                shards_resumed=len(planned.shards),
+            )
         todo = [number for number in range(len(planned.shards)) if not _is_whole(planned, number, workspace)]
+        resumed = len(planned.shards) - len(todo)
         _check_space(planned, todo, workspace.folder)
         pool = _pool(planned, loaded, local, workers)
-        reports = run_plan(planned, workspace.folder, pool, todo, tell)
+        plain = [number for number in todo if number not in planned.learned_shards]
+        reports = run_plan(planned, workspace.folder, pool, plain, tell)
+        peak = max((report.peak_bytes for report in reports), default=0)
+        if planned.distillation is not None:
+            from raymerge.run.distill import run_distillation
+
+            compute = loaded.compute if workers is None else loaded.compute.model_copy(update={"workers": workers})
+            peak = max(peak, run_distillation(planned, workspace.folder, compute, local, tell))
         finish_folder(planned, workspace.folder, loaded.as_written(), target.absolute().name)
         elapsed = time.perf_counter() - begun
         write_facts(
@@ -90,10 +108,14 @@ def merge(
             reports,
             runner="local" if local else "ray",
             elapsed_seconds=elapsed,
-            resumed=len(planned.shards) - len(todo),
+            peak_bytes=peak,
+            resumed=resumed,
         )
+        discard_units(workspace.folder)
         workspace.publish()
-    return _result(workspace.out, planned, reports, elapsed)
+    return MergeResult(
+        out=workspace.out, plan=planned, elapsed_seconds=elapsed, peak_bytes=peak, shards_resumed=resumed
+    )
 
 
 def evaluate(
@@ -137,16 +159,6 @@ def _pool(planned: Plan, recipe: Recipe, local: bool, workers: int | None) -> Po
     from raymerge.run.cluster import RayPool
 
     return RayPool(workers or compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker)
-
-
-def _result(out: Path, planned: Plan, reports: list[ShardReport], elapsed: float) -> MergeResult:
-    return MergeResult(
-        out=out,
-        plan=planned,
-        elapsed_seconds=elapsed,
-        peak_bytes=max((report.peak_bytes for report in reports), default=0),
-        shards_resumed=len(planned.shards) - len(reports),
-    )
 
 
 def _shard_bytes(planned: Plan, number: int) -> int:

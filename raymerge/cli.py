@@ -1,16 +1,18 @@
 """The command line: each command parses, calls one verb, and prints with Rich."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -72,6 +74,8 @@ def merge(
             recipe, out, local=local, workers=workers, memory=memory, overwrite=overwrite, progress=progress
         )
 
+    if not quiet:
+        _log_to_terminal()
     with _progress(quiet) as progress:
         result = verb() if local else _beside_ray(verb)
     if quiet:
@@ -166,6 +170,17 @@ def _beside_ray(verb: Callable[[], Result]) -> Result:
     return run_beside_start(verb)
 
 
+def _log_to_terminal() -> None:
+    """Show what long work says of itself, a line at a time."""
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("raymerge")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(
+        RichHandler(console=err_console, show_path=False, show_level=False, highlighter=NullHighlighter())
+    )
+
+
 def _first_line(found: type) -> str:
     return (found.__doc__ or "").strip().partition("\n")[0].replace("`", "")
 
@@ -195,7 +210,7 @@ def _plan_summary(planned: "Plan") -> dict[str, Any]:
         "num_tensors": planned.num_tensors,
         "shards": [{"file": shard.file, "num_tensors": len(shard.tensors)} for shard in planned.shards],
         "settings": [dict(call.settings) for call in planned.calls],
-        **{field.name: getattr(planned.cost, field.name) for field in fields(planned.cost)},
+        **asdict(planned.cost),
         "notes": list(planned.notes),
         "digest": planned.digest,
     }
@@ -220,6 +235,7 @@ def _print_plan(planned: "Plan") -> None:
     if len(planned.calls) > 5:
         table.add_row("", f"and {len(planned.calls) - 5} more sets, by depth and filter")
     out_console.print(table)
+    _print_units(planned)
     shards = Table("file", "tensors", "first", "last")
     for shard in planned.shards:
         names = [tensor.name for tensor in shard.tensors]
@@ -227,6 +243,21 @@ def _print_plan(planned: "Plan") -> None:
     out_console.print(shards)
     for note in planned.notes:
         out_console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _print_units(planned: "Plan") -> None:
+    """What is learned, one row for units of equal size."""
+    if not planned.cost.units:
+        return
+    table = Table("fitted", "parameters", "state GB", "frozen GB", "step GB", "cache GB", "per worker GB")
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for unit in planned.cost.units:
+        costs = (unit.num_parameters, unit.state_bytes, unit.frozen_bytes, unit.step_bytes, unit.cache_bytes)
+        sizes.setdefault((*costs, unit.total_bytes), []).append(unit.name)
+    for (parameters, *found), names in sizes.items():
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
+        table.add_row(shown, f"{parameters / 1e6:.2f} M", *(f"{size / 1e9:.2f}" for size in found))
+    out_console.print(table)
 
 
 def _shown(value: Any) -> str:

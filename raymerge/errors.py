@@ -13,10 +13,14 @@ The tree:
     |   |-- MemoryBudgetError   the plan does not fit the memory the user allows
     |   `-- OutputError         the output folder is taken, locked or unfinished by another recipe
     |-- NonFiniteTensor         NaN or infinity in an input, found while merging
+    |-- LearningError           a fit that does not come to an end
     `-- StorageError            the disk is full, or a file could not be read or written
 
-A message says where, what was found, what was expected and what to do.
+A message says where, what was found, what was expected and what to do; `nearest` helps with the last.
 """
+
+import difflib
+from collections.abc import Iterable
 
 
 class RayMergeError(Exception):
@@ -67,5 +71,18 @@ class NonFiniteTensor(RayMergeError):
     """An input tensor holds NaN or infinity."""
 
 
+class LearningError(RayMergeError):
+    """A fit diverged."""
+
+
 class StorageError(RayMergeError):
     """A file could not be read or written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the right word."""
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"it knows {', '.join(words)}" if words else "it has none"

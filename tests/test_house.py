@@ -28,8 +28,9 @@ FLOORS = {
     "ops": 0,
     "checkpoint": 0,
 }
-# recipe reads the settings of methods; both stand on floor 3, and methods know nothing of recipes.
-SAME_FLOOR = {("recipe", "methods")}
+# recipe reads the settings of methods, which know nothing of recipes.
+# distill follows the samples that learn reads; learn knows nothing of blocks.
+SAME_FLOOR = {("recipe", "methods"), ("distill", "learn")}
 ONLY_IN = {"transformers": "models", "ray": "run", "deepspeed": "run"}
 FAMILIES = ("llama", "bert", "vit", "gpt", "mistral", "mixtral", "qwen", "gemma", "t5", "roberta", "deberta", "phi")
 

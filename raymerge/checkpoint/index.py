@@ -20,13 +20,15 @@ class Checkpoint:
     """A checkpoint whose headers have been read.
 
     `tensors` maps a tensor's name to its file and entry, in the order of files and bytes;
-    `fingerprint` changes when a header, a size or a modification time does.
+    `fingerprint` changes when a header, a size or a modification time does. A sketch has no weights: its tensors
+    are what its config describes.
     """
 
     location: Location
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, Entry]]
     fingerprint: str
+    is_sketch: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +69,11 @@ def read_json(location: Location, name: str, files: Mapping[str, int]) -> dict[s
     if not isinstance(found, dict):
         raise CheckpointError(f"{location}: {name} holds a {type(found).__name__}, an object is expected")
     return found
+
+
+def has_weights(files: Mapping[str, int]) -> bool:
+    """A checkpoint with these files has weights, of a kind that is read or not."""
+    return any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) or name == INDEX for name in files)
 
 
 def _shard_names(location: Location, files: Mapping[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Train a base and four experts on real handwritten digits, merge them with ten methods, measure everything."""
+"""Train a base and four experts on real handwritten digits, merge them with eleven methods, measure everything."""
 
 import shlex
 import time
@@ -8,8 +8,18 @@ from pathlib import Path
 
 from raymerge import api
 from raymerge.checkpoint.writer import write_text
-from raymerge.demo.domains import DOMAINS, EXPERTS, TEST_DRAW, load_split, shifted, write_parquet
-from raymerge.demo.recipes import METHODS, data_path, model_path, write_recipe
+from raymerge.demo.domains import (
+    CALIBRATION_DRAW,
+    DOMAINS,
+    EXPERTS,
+    NUM_CALIBRATION,
+    TEST_DRAW,
+    Digits,
+    load_split,
+    shifted,
+    write_parquet,
+)
+from raymerge.demo.recipes import METHODS, calibration_path, data_path, model_path, write_recipe
 from raymerge.demo.results import DemoResult, Row
 from raymerge.demo.train import on_one_core, train_all
 from raymerge.errors import OutputError
@@ -20,7 +30,8 @@ _MARK = "demo.json"
 def run_demo(out: Path, *, workers: int | None = None, quiet: bool = False) -> DemoResult:
     """Run the demo in the folder `out`, print its table unless `quiet`, and return it.
 
-    Below `out`: `data/` (test rows), `models/` (base and experts), `recipes/`, `merged/`, and `demo.json`.
+    Below `out`: `data/` (test rows), `calibration/` (64 images a domain), `models/` (base and experts), `recipes/`,
+    `merged/`, and `demo.json`.
     `workers` bounds the tasks at once. Raises OutputError if `out` holds anything but an earlier demo.
     """
     from rich.console import Console
@@ -51,9 +62,12 @@ def _claim(out: Path) -> None:
 
 
 def _write_data(out: Path) -> None:
-    _, test = load_split()
+    train, test = load_split()
     for domain in DOMAINS:
         write_parquet(shifted(test, domain, TEST_DRAW), data_path(out, domain))
+    few = Digits(train.images[:NUM_CALIBRATION], train.labels[:NUM_CALIBRATION])
+    for domain in EXPERTS:
+        write_parquet(shifted(few, domain, CALIBRATION_DRAW), calibration_path(out, domain))
 
 
 def _measure_models(out: Path, step: Callable[[str], None]) -> dict[str, Row]:
@@ -78,7 +92,9 @@ def _measure_models(out: Path, step: Callable[[str], None]) -> dict[str, Row]:
 
 def _merge(out: Path, method: str, own: Mapping[str, float], workers: int | None, step: Callable[[str], None]) -> Row:
     recipe = write_recipe(out, method)
-    merged = api.merge(recipe, out / "merged" / method, workers=workers, overwrite=True, quiet=True)
+    # For a model this small, starting a group of workers that learn takes longer than learning.
+    learners = 1 if method == "prodistill" else workers
+    merged = api.merge(recipe, out / "merged" / method, workers=learners, overwrite=True, quiet=True)
     step(f"merged {method}")
     scores = _scores(merged.out, recipe)
     step(f"measured {method}")

@@ -16,8 +16,11 @@ NUM_CLASSES = 10
 IMAGE_SIZE = 8
 NUM_TEST = 540
 SEED = 20
-# The number of the test images' noise; training counts its epochs from 0.
+# The numbers of the noise of test and calibration images; training counts its epochs from 0.
 TEST_DRAW = 999
+CALIBRATION_DRAW = 998
+# Images of each domain that ProDistill sees, without their labels; from those the experts were trained on.
+NUM_CALIBRATION = 64
 
 # Brightest noise, of 255. More of it and 64 pixels no longer show a digit.
 NOISE = 160

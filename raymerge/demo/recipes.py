@@ -11,7 +11,7 @@ from raymerge.demo.domains import DOMAINS, EXPERTS
 from raymerge.recipe.schema import Task
 
 # Methods with the settings that suit small models trained for seconds; what is not said is the default.
-METHODS: Mapping[str, Mapping[str, float]] = {
+METHODS: Mapping[str, Mapping[str, Any]] = {
     "linear": {},
     "task_arithmetic": {"coefficient": 0.4},
     "ties": {"scale": 0.8, "density": 0.5},
@@ -22,6 +22,7 @@ METHODS: Mapping[str, Mapping[str, float]] = {
     "sce": {},
     "iso_c": {"scale": 4.0},
     "tsv": {"scale": 1.4},
+    "prodistill": {"epochs": 40, "lr": 0.03},
 }
 
 
@@ -43,6 +44,10 @@ def data_path(folder: Path, domain: str) -> Path:
     return folder / "data" / f"{domain}.parquet"
 
 
+def calibration_path(folder: Path, domain: str) -> Path:
+    return folder / "calibration" / f"{domain}.parquet"
+
+
 def model_path(folder: Path, name: str) -> Path:
     return folder / "models" / name
 
@@ -51,8 +56,13 @@ def write_recipe(folder: Path, method: str) -> Path:
     """Write the recipe of a method below `folder`, ready for every verb; returns its path."""
     recipe: dict[str, Any] = {
         "base": str(model_path(folder, "base")),
-        "experts": {name: str(model_path(folder, name)) for name in EXPERTS},
+        "experts": {
+            name: {"path": str(model_path(folder, name)), "calibration": str(calibration_path(folder, name))}
+            for name in EXPERTS
+        },
         "method": method,
+        # Each expert keeps its own head, which its domain is measured with.
+        "output": {"heads": ["classifier"]},
     }
     if METHODS[method]:
         recipe["settings"] = dict(METHODS[method])

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, RecipeError
-from raymerge.evaluate.batches import tokenise
-from raymerge.evaluate.images import decode_image
+from raymerge.errors import CheckpointError, RecipeError, nearest
 from raymerge.evaluate.metrics import perplexity, score_classes
-from raymerge.evaluate.rows import read_columns
+from raymerge.evaluate.rows import open_rows
+from raymerge.learn.batches import tokenise
+from raymerge.learn.images import decode_image
 from raymerge.models import heads, load
-from raymerge.recipe.settings import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +72,7 @@ def _load(model: str, task: "Task", head: str | None, head_from: str | None, dev
 
 def _measure_text(network: "PreTrainedModel", model: str, task: "Task") -> tuple[str, float, int]:
     where = f"evaluate.{task.task}"
-    texts = read_columns(task, [task.text])[task.text]
+    texts = open_rows(task).columns([task.text], task.limit)[task.text]
     rows = tokenise(load.load_tokenizer(model), network.config, texts, None, task.max_length, where)
     total, num_tokens = 0.0, 0
     for numbers in rows.longest_first(task.batch_size):
@@ -96,7 +95,7 @@ def _measure_text(network: "PreTrainedModel", model: str, task: "Task") -> tuple
 def _measure_classes(network: "PreTrainedModel", model: str, task: "Task") -> tuple[str, float, int]:
     images = load.reads_images(network)
     inputs = [task.image] if images else [name for name in (task.text, task.text_pair) if name is not None]
-    columns = read_columns(task, [*inputs, task.label])
+    columns = open_rows(task).columns([*inputs, task.label], task.limit)
     predict = _predict_images if images else _predict_texts
     num_classes, predictions = predict(network, model, task, [columns[name] for name in inputs])
     labels = _class_numbers(columns[task.label], num_classes, network.config.label2id, task)

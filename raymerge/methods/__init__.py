@@ -40,6 +40,7 @@ CATALOGUE = {
     "tsv": "tsv:Tsv",
     "passthrough": "passthrough:Passthrough",
     "bcwi": "bcwi:Bcwi",
+    "prodistill": "prodistill:Prodistill",
 }
 
 

@@ -108,6 +108,13 @@ class StatisticsMethod(TensorMethod):
         return known
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedMethod(TensorMethod):
+    """A method that fits coefficients to calibration data; `merge` is what it starts from, and what it leaves
+    where it fits nothing. Settings that are not per expert are the same for all tensors.
+    """
+
+
 def merge_whole(
     method: TensorMethod,
     base: Tensor | None,

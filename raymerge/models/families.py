@@ -17,12 +17,13 @@ from raymerge.models.quiet import quiet
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model without weights: its parameters in order of definition, and its embeddings.
+    """A model without weights: its parameters in order of definition, shapes of those that are stored, embeddings.
 
     `input_embedding` and `output_embedding` are parameter names (the output's bias follows it), or None.
     """
 
     parameters: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
     input_embedding: str | None
     output_embeddings: tuple[str, ...]
     tied: bool
@@ -46,6 +47,11 @@ def num_blocks_key(config: Mapping[str, Any]) -> str:
 def skeleton(config: Mapping[str, Any]) -> Skeleton:
     """Build the model on the meta device. Raises CheckpointError if transformers does not know it."""
     return _skeleton(_Frozen(config))
+
+
+def parameter_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of this model holds. Raises CheckpointError."""
+    return skeleton(config).shapes
 
 
 class _Frozen:
@@ -88,6 +94,7 @@ def _skeleton(frozen: _Frozen) -> Skeleton:
     inputs = parameters_of(embedding)
     return Skeleton(
         tuple(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         inputs[0] if inputs else None,
         parameters_of(output),
         bool(getattr(model.config, "tie_word_embeddings", False)),

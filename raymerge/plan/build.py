@@ -3,7 +3,7 @@
 Nothing is written, and no tensor's data is read.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +16,15 @@ from raymerge.checkpoint.header import DTYPES, NAMES, Entry
 from raymerge.checkpoint.index import Checkpoint, open_checkpoint
 from raymerge.checkpoint.reader import StoredTensor
 from raymerge.errors import MismatchError, MissingTensor, RecipeError, ShapeMismatch
-from raymerge.methods.base import StatisticsMethod, TensorMethod
+from raymerge.methods.base import LearnedMethod, StatisticsMethod, TensorMethod
 from raymerge.models.blocks import block_lists, block_name, natural_order
 from raymerge.plan import memory
 from raymerge.plan.align import align
+from raymerge.plan.distill import LearningPlanner
 from raymerge.plan.layout import Place, lay_out, output_config
 from raymerge.plan.naming import head_module, match_names, trunk_names
-from raymerge.plan.schema import Call, Cost, Model, Plan, PlannedTensor, Shard, Source, Tokenizer
+from raymerge.plan.schema import Call, Cost, Model, Plan, PlannedTensor, Shard, Source, Tokenizer, UnitCost
+from raymerge.plan.sketch import open_or_sketch
 from raymerge.recipe.schema import Recipe, Settings
 from raymerge.recipe.settings import resolve_settings
 
@@ -31,12 +33,12 @@ LARGEST_AUTO_SHARD = 5 * 10**9
 AUTO_SHARDS = 32
 
 
-def build_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe.
+def build_plan(recipe: Recipe, *, weightless: bool = False) -> Plan:
+    """The plan of a recipe. `weightless`: of checkpoints without weights, what their `config.json` says will do.
 
     Raises UserError of every kind: CheckpointError, MismatchError, RecipeError, MemoryBudgetError.
     """
-    return _Planner(recipe).plan()
+    return _Planner(recipe, weightless).plan()
 
 
 @dataclass(slots=True)
@@ -60,12 +62,17 @@ class _Calls:
 class _Planner:
     """One plan while it is made. `frame` is the model whose tensors the output has."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, weightless: bool) -> None:
         self.recipe = recipe
         self.method = methods.find(recipe.method)
         self.calls = _Calls(recipe.method)
         self.notes: list[str] = list(recipe.notes)
-        self.checkpoints = _open_all(recipe)
+        self.checkpoints = _open_all(recipe, open_or_sketch if weightless else open_checkpoint)
+        self.notes += [
+            f"{name}: no weights there; sizes are from its config.json, and the recipe cannot be merged"
+            for name, checkpoint in self.checkpoints.items()
+            if checkpoint.is_sketch
+        ]
         self.order = list(self.checkpoints)
         self.frame_name = self.order[0]
         self.frame = self.checkpoints[self.frame_name]
@@ -82,15 +89,19 @@ class _Planner:
         heads = {name: self._head(name) for name in self.recipe.experts}
         heads = {name: head for name, head in heads.items() if head}
         self._check_scopes(tensors)
-        budget = self.recipe.compute.memory
-        fitted, peak = memory.fit(
-            tensors,
-            self.calls.found,
-            None if budget is None else memory.parse_bytes(budget, "compute.memory"),
-        )
+        asked = self.recipe.compute.memory
+        budget = None if asked is None else memory.parse_bytes(asked, "compute.memory")
+        fitted, peak = memory.fit(tensors, self.calls.found, budget)
         everything = [*fitted, *(tensor for head in heads.values() for tensor in head)]
-        size = self._shard_size(fitted)
-        shards = _pack(fitted, size)
+        config = self._config()
+        learning: LearningPlanner | None = None
+        unit_costs: tuple[UnitCost, ...] = ()
+        if issubclass(self.method, LearnedMethod):
+            learning = LearningPlanner(self.recipe, config, fitted, self.calls.found)
+            unit_costs = learning.costs(budget)
+            peak = max(peak, memory.baseline_of_learning() + max(cost.total_bytes for cost in unit_costs))
+        files = _pack(learning.groups(fitted) if learning else [fitted], self._shard_size(fitted))
+        shards = _named(files)
         shards += [
             Shard(file=f"raymerge/heads/{name}/model.safetensors", tensors=_by_alignment(head))
             for name, head in heads.items()
@@ -108,7 +119,7 @@ class _Planner:
             calls=tuple(self.calls.found),
             shards=tuple(shards),
             seed=self.recipe.seed,
-            config=self._config(),
+            config=config,
             head_experts=tuple(self.order.index(name) for name in heads),
             tokenizer=self.alignment.tokenizer if self.alignment else Tokenizer(model=0),
             chat_template=self.recipe.output.chat_template,
@@ -118,7 +129,11 @@ class _Planner:
                 bytes_written=sum(_bytes_of(tensor) for tensor in everything),
                 peak_bytes_per_worker=peak,
                 baseline_bytes=memory.baseline_bytes(),
+                units=unit_costs,
             ),
+            distillation=learning.finish(files, any(c.is_sketch for c in self.checkpoints.values()))
+            if learning
+            else None,
         )
 
     # -- what does not fit
@@ -337,14 +352,14 @@ class _Planner:
         return config
 
 
-def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, opener: Callable[[str], Checkpoint]) -> dict[str, Checkpoint]:
     """The checkpoints by name: the base first, then the experts in their order; one path is opened once."""
     paths = {name: expert.path for name, expert in recipe.experts.items()}
     if recipe.base is not None:
         paths = {"base": recipe.base, **paths}
     distinct = list(dict.fromkeys(paths.values()))
     with ThreadPoolExecutor(8) as pool:
-        opened = dict(zip(distinct, pool.map(open_checkpoint, distinct), strict=True))
+        opened = dict(zip(distinct, pool.map(opener, distinct), strict=True))
     return {name: opened[path] for name, path in paths.items()}
 
 
@@ -380,21 +395,27 @@ def _bytes_read(tensor: PlannedTensor, calls: Sequence[Call]) -> int:
     return once * (1 + passes)
 
 
-def _pack(tensors: Sequence[PlannedTensor], size: int) -> list[Shard]:
-    """Fill files up to `size` bytes, in order; a larger tensor gets a file of its own."""
-    groups: list[list[PlannedTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if groups[-1] and filled + _bytes_of(tensor) > size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += _bytes_of(tensor)
-    if len(groups) == 1:
-        return [Shard(file="model.safetensors", tensors=_by_alignment(groups[0]))]
+def _pack(groups: Sequence[Sequence[PlannedTensor]], size: int) -> list[list[PlannedTensor]]:
+    """Fill files up to `size` bytes, in order; a group begins a file, a larger tensor gets one of its own."""
+    files: list[list[PlannedTensor]] = []
+    for group in groups:
+        filled = size + 1
+        for tensor in group:
+            if filled + _bytes_of(tensor) > size:
+                files.append([])
+                filled = 0
+            files[-1].append(tensor)
+            filled += _bytes_of(tensor)
+    return files
+
+
+def _named(files: Sequence[Sequence[PlannedTensor]]) -> list[Shard]:
+    """Files under the names that transformers expects."""
+    if len(files) == 1:
+        return [Shard(file="model.safetensors", tensors=_by_alignment(files[0]))]
     return [
-        Shard(file=f"model-{i:05d}-of-{len(groups):05d}.safetensors", tensors=_by_alignment(group))
-        for i, group in enumerate(groups, start=1)
+        Shard(file=f"model-{number:05d}-of-{len(files):05d}.safetensors", tensors=_by_alignment(tensors))
+        for number, tensors in enumerate(files, start=1)
     ]
 
 

@@ -7,7 +7,7 @@ its size is part of the numbers (float sums are added up per chunk), so it never
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,10 +39,13 @@ class ShardReport:
     peak_bytes: int
 
 
-def merge_shard(job: ShardJob, folder: Path, known: Any = None) -> ShardReport:
+def merge_shard(
+    job: ShardJob, folder: Path, known: Any = None, fitted: Mapping[str, Tensor] | None = None
+) -> ShardReport:
     """Write one shard below `folder`, whole or not at all.
 
-    `known` are the statistics of the whole model, for methods with scope `model`. Raises StorageError,
+    `known` are the statistics of the whole model, for methods with scope `model`; `fitted` are tensors by name that
+    were learned, and are written as they are. Raises StorageError,
     NonFiniteTensor, or RayMergeError naming the tensor.
     """
     begun = time.perf_counter()
@@ -50,7 +53,9 @@ def merge_shard(job: ShardJob, folder: Path, known: Any = None) -> ShardReport:
     methods = {number: call.build() for number, call in job.calls.items()}
     with open_reader(job.locations) as reader, open_shard(folder / job.shard.file, layout) as writer:
         for tensor in job.shard.tensors:
-            if tensor.call is None:
+            if fitted is not None and tensor.name in fitted:
+                writer.write(tensor.name, 0, fitted[tensor.name].to(DTYPES[tensor.dtype]))
+            elif tensor.call is None:
                 _copy(tensor, reader, writer)
             else:
                 _merge(_Stream(tensor, methods[tensor.call], reader, job), writer, known)

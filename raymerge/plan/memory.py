@@ -20,6 +20,9 @@ from raymerge.plan.schema import Call, PlannedTensor
 # this module and merged nothing holds, less what the planning process holds.
 RAY_BYTES = 60_000_000
 
+# What DeepSpeed and the parts of transformers that run models add: measured.
+LEARNING_BYTES = 150_000_000
+
 _UNITS = {
     "": 1,
     "kb": 10**3,
@@ -44,6 +47,11 @@ def parse_bytes(text: str | int, where: str) -> int:
 def baseline_bytes() -> int:
     """Resident memory of a worker before it works: what this process, with the same imports, holds now."""
     return int(psutil.Process().memory_info().rss) + RAY_BYTES
+
+
+def baseline_of_learning() -> int:
+    """Resident memory of a worker that learns before it works: with transformers, and on Ray DeepSpeed, imported."""
+    return baseline_bytes() + LEARNING_BYTES
 
 
 def working_bytes(tensor: PlannedTensor, method: TensorMethod | None) -> int:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, TypeAdapter
 from raymerge import methods
 from raymerge.checkpoint.location import Location
 from raymerge.checkpoint.reader import StoredTensor
+from raymerge.learn.calibration import Calibration
 from raymerge.methods.base import TensorMethod
 from raymerge.models.vocabulary import RowRun
 
@@ -95,17 +96,64 @@ class Tokenizer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnitCost:
+    """What fitting a unit takes in one worker, in bytes.
+
+    State: the trained numbers, their gradients and moments, float32. Frozen: the merged weights of the start and
+    the sum of the task vectors' magnitudes (or every task vector). Step: the merged weights of a step with their
+    gradients, and the activations within the block. Cache: the activations of this worker's samples.
+    """
+
+    name: str
+    num_parameters: int
+    state_bytes: int
+    frozen_bytes: int
+    step_bytes: int
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.state_bytes + self.frozen_bytes + self.step_bytes + self.cache_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What executing the plan takes, in bytes."""
+    """What executing the plan takes, in bytes; `units`: of what is learned."""
 
     bytes_read: int
     bytes_written: int
     peak_bytes_per_worker: int
     baseline_bytes: int
+    units: tuple[UnitCost, ...] = ()
 
     def local_peak_bytes(self, threads: int) -> int:
         """Peak of one process that works on `threads` shards at once."""
         return self.baseline_bytes + threads * (self.peak_bytes_per_worker - self.baseline_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A block, or what follows the last one, that is fitted as one: its files, as numbers of shards, and its size."""
+
+    name: str
+    shards: tuple[int, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distillation:
+    """The learned part of a plan, in the order it is done.
+
+    `blocks` names the list of blocks, empty where it is clear; `keep_moved`: coefficients are written.
+    """
+
+    units: tuple[Unit, ...]
+    blocks: str
+    calibrations: tuple[Calibration, ...]
+    keep_moved: bool
+
+    def unit(self, name: str) -> Unit:
+        return next(unit for unit in self.units if unit.name == name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +172,17 @@ class Plan:
     chat_template: str | None
     notes: tuple[str, ...]
     cost: Cost
+    distillation: Distillation | None = None
 
     @property
     def locations(self) -> tuple[Location, ...]:
         return tuple(model.location for model in self.models)
+
+    @property
+    def learned_shards(self) -> frozenset[int]:
+        """Numbers of the shards that are written as their units are fitted."""
+        units = self.distillation.units if self.distillation else ()
+        return frozenset(number for unit in units for number in unit.shards)
 
     @property
     def num_tensors(self) -> int:

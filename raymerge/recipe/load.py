@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from raymerge import methods
-from raymerge.errors import RecipeError
+from raymerge.errors import RecipeError, nearest
 from raymerge.recipe import mergekit
 from raymerge.recipe.schema import Recipe
-from raymerge.recipe.settings import check_settings, nearest
+from raymerge.recipe.settings import check_settings
 from raymerge.recipe.validation import validate
 
 RESERVED = ("base", "union", "auto")

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from raymerge.errors import RecipeError
+from raymerge.errors import RecipeError, nearest
 from raymerge.recipe.schema import Filtered, Part, Recipe, Setting, Settings
-from raymerge.recipe.settings import nearest
 from raymerge.recipe.validation import validate
 
 

@@ -46,6 +46,9 @@ class Expert(Part):
     """A fine-tuned checkpoint."""
 
     path: str = Field(description="local folder or hub id[@revision]")
+    calibration: str | None = Field(
+        default=None, description="unlabelled rows for methods that learn: a parquet or jsonl file, or a folder of them"
+    )
     settings: Settings = Field(default_factory=dict, description="settings for this expert alone")
 
 
@@ -91,6 +94,7 @@ class Output(Part):
         description="auto, a model's name (or base), a template's name, or Jinja text; none copies",
     )
     heads: list[str] = Field(default_factory=list, description="modules kept per expert though they would fit")
+    coefficients: bool = Field(default=False, description="write learned coefficients, one model's size per expert")
     missing: Literal["error", "base", "skip"] = Field(
         default="error",
         description="a tensor an expert does not have: refuse, take the base's, or merge without the expert",
@@ -102,6 +106,10 @@ class Compute(Part):
 
     workers: int | None = Field(default=None, gt=0, description="tasks at once; none: as many as fit")
     gpus_per_worker: float = Field(default=0, ge=0)
+    cpus_per_worker: float = Field(default=1, gt=0, description="of each worker that learns, and its threads")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="what DeepSpeed shards of what is learned")
+    offload: bool = Field(default=False, description="optimizer state in CPU memory")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="in which blocks are run to learn")
     memory: str | int | None = Field(default=None, description="memory per worker, as 2GB; none: as needed")
 
 

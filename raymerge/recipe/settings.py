@@ -5,14 +5,13 @@ depth 0. A filter is a part of the tensor's name; the first that matches counts,
 next wider scope is asked: source, then slice, then recipe, then the method's default.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from raymerge.errors import RecipeError
+from raymerge.errors import RecipeError, nearest
 from raymerge.methods.base import TensorMethod, default_of, is_per_expert, setting_fields
 from raymerge.recipe.schema import Filtered, Scalar, Setting, Settings
 
@@ -119,12 +118,3 @@ def _leaves(setting: Setting) -> list[Any]:
     if not isinstance(setting, list):
         return [setting]
     return [leaf for item in setting for leaf in _leaves(item.value if isinstance(item, Filtered) else item)]
-
-
-def nearest(word: str, known: Iterable[str] | Mapping[str, Any]) -> str:
-    """A hint at the right word."""
-    words = list(known)
-    near = difflib.get_close_matches(word, words, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"it knows {', '.join(words)}" if words else "it has none"

@@ -5,8 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from raymerge.errors import RecipeError
-from raymerge.recipe.settings import nearest
+from raymerge.errors import RecipeError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -6,16 +6,25 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from raymerge.checkpoint.model_folder import write_json
 from raymerge.plan.execute import ShardReport
 from raymerge.plan.schema import Plan
+from raymerge.plan.units import read_fits
 
-PACKAGES = ("torch", "transformers", "safetensors", "ray", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "ray", "deepspeed", "numpy")
 
 
 def write_facts(
-    folder: Path, plan: Plan, reports: Sequence[ShardReport], *, runner: str, elapsed_seconds: float, resumed: int
+    folder: Path,
+    plan: Plan,
+    reports: Sequence[ShardReport],
+    *,
+    runner: str,
+    elapsed_seconds: float,
+    peak_bytes: int,
+    resumed: int,
 ) -> None:
     """Write `raymerge/run.json` below `folder`. `resumed` counts shards that an earlier run had finished."""
     write_json(
@@ -35,13 +44,24 @@ def write_facts(
             ],
             "runner": runner,
             "elapsed_seconds": round(elapsed_seconds, 3),
-            "peak_bytes": max((report.peak_bytes for report in reports), default=0),
+            "peak_bytes": peak_bytes,
             "predicted_peak_bytes_per_worker": plan.cost.peak_bytes_per_worker,
             "shards_resumed": resumed,
             "shards": [asdict(report) for report in sorted(reports, key=lambda report: report.file)],
+            **_learning(folder, plan),
             "notes": list(plan.notes),
         },
     )
+
+
+def _learning(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Losses of every unit, epoch by epoch, and the samples they were learned from."""
+    if plan.distillation is None:
+        return {}
+    return {
+        "calibration": [asdict(calibration) for calibration in plan.distillation.calibrations],
+        "units": read_fits(folder, [unit.name for unit in plan.distillation.units]),
+    }
 
 
 def _version(name: str) -> str | None:

@@ -115,7 +115,7 @@ class RayPool:
             return
         _ready.wait()
         connect()
-        _require_room(num_gpus=self._options["num_gpus"], memory_bytes=self._options["memory"])
+        require_room(num_cpus=1, num_gpus=self._options["num_gpus"], memory_bytes=self._options["memory"])
         task = ray.remote(**self._options)(_call)
         running: dict[Any, int] = {}
         most = self._workers or len(items)
@@ -132,7 +132,7 @@ class RayPool:
                 ray.cancel(left, force=True)
 
 
-def _require_room(num_gpus: float, memory_bytes: int) -> None:
+def require_room(num_cpus: float, num_gpus: float, memory_bytes: int = 0) -> None:
     """Refuse a request that this machine can never meet, for which Ray would wait without end.
 
     A cluster may still grow; only Ray started on one machine is asked.
@@ -141,8 +141,11 @@ def _require_room(num_gpus: float, memory_bytes: int) -> None:
     if len(nodes) != 1 or os.environ.get("RAY_ADDRESS"):
         return
     room = nodes[0]
-    if num_gpus > room.get("GPU", 0):
-        raise RecipeError(f"compute.gpus_per_worker: {num_gpus:g} asked for, this machine has {room.get('GPU', 0):g}")
+    for asked, kind, setting in ((num_gpus, "GPU", "gpus_per_worker"), (num_cpus, "CPU", "workers, cpus_per_worker")):
+        if asked > room.get(kind, 0):
+            raise RecipeError(
+                f"compute.{setting}: {asked:g} {kind}s asked for, this machine has {room.get(kind, 0):g}; ask for less"
+            )
     if memory_bytes > room.get("memory", 0):
         raise MemoryBudgetError(
             f"a worker needs {memory_bytes / 1e9:.2f} GB, Ray has {room.get('memory', 0) / 1e9:.2f} GB here; "

@@ -16,7 +16,7 @@ from raymerge.demo.results import DemoResult, Row
 from raymerge.demo.train import train_all
 from raymerge.errors import OutputError
 from raymerge.evaluate.measure import measure
-from raymerge.evaluate.rows import check_task, read_columns
+from raymerge.evaluate.rows import check_task, open_rows
 from raymerge.methods import CATALOGUE
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Task
@@ -64,7 +64,7 @@ def test_data_is_read_by_the_ordinary_path(tmp_path: Path) -> None:
     write_parquet(test, tmp_path / "clean.parquet")
     task = Task(task="clean", kind="classification", data=str(tmp_path / "clean.parquet"))
     check_task(task)
-    assert read_columns(task, ["label"])["label"] == test.labels.tolist()
+    assert open_rows(task).columns(["label"])["label"] == test.labels.tolist()
 
 
 def digest(folder: Path) -> str:
@@ -133,6 +133,7 @@ def test_whole_demo(tmp_path: Path) -> None:
         assert rows["base"].scores[name] < rows[name].scores[name] - 0.05
     alone = max(rows[name].mean for name in ("base", *EXPERTS))
     assert result.best.mean > alone + 0.05
+    assert result.best.name == "prodistill" and result.best.share_kept > 0.95
     assert (result.best.path / "config.json").is_file()
     # Again over its own folder, to the same scores.
     again = run_demo(tmp_path / "out", workers=1, quiet=True)

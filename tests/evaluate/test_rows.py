@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from raymerge.errors import RecipeError
-from raymerge.evaluate.images import decode_image
-from raymerge.evaluate.rows import check_task, read_columns
+from raymerge.evaluate.rows import check_task, open_rows
+from raymerge.learn.images import decode_image
 from raymerge.recipe.schema import Task
 
 from .conftest import write_jsonl, write_parquet
@@ -27,14 +27,14 @@ def task(data: str, **settings: Any) -> Task:
 def test_columns_come_back_in_order(tmp_path: Path, suffix: str) -> None:
     data = WRITERS[suffix](tmp_path / f"rows.{suffix}", ROWS)
     check_task(task(data))
-    assert read_columns(task(data), ["label", "text"]) == ROWS
-    assert read_columns(task(data, limit=2), ["text"]) == {"text": ["a b", "c"]}
+    assert open_rows(task(data)).columns(["label", "text"]) == ROWS
+    assert open_rows(task(data)).columns(["text"], 2) == {"text": ["a b", "c"]}
 
 
 @pytest.mark.parametrize("limit", [1, 1024, 1025, 5000])
 def test_limit_crosses_batches(tmp_path: Path, limit: int) -> None:
     data = write_parquet(tmp_path / "rows.parquet", {"label": list(range(3000))})
-    assert read_columns(task(data, limit=limit), ["label"])["label"] == list(range(min(limit, 3000)))
+    assert open_rows(task(data)).columns(["label"], limit)["label"] == list(range(min(limit, 3000)))
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -66,7 +66,7 @@ def test_empty_file(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(RecipeError, match="has no rows"):
         check_task(task(str(path)))
     with pytest.raises(RecipeError, match="has no rows"):
-        read_columns(task(str(path)), ["text"])
+        open_rows(task(str(path))).columns(["text"])
 
 
 def test_no_such_file(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_damaged_file(tmp_path: Path, suffix: str) -> None:
 def test_empty_cell(tmp_path: Path, suffix: str) -> None:
     data = WRITERS[suffix](tmp_path / f"rows.{suffix}", {"text": ["a", None], "label": [0, 1]})
     with pytest.raises(RecipeError, match="column 'text', row 1 is empty"):
-        read_columns(task(data), ["text", "label"])
+        open_rows(task(data)).columns(["text", "label"])
 
 
 def test_images_need_no_text(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from raymerge import methods
-from raymerge.errors import RecipeError
+from raymerge.errors import RecipeError, nearest
 from raymerge.recipe.load import load_recipe
-from raymerge.recipe.settings import evaluate_setting, nearest, resolve_settings
+from raymerge.recipe.settings import evaluate_setting, resolve_settings
 
 
 def setting(value: Any) -> Any:

@@ -166,7 +166,7 @@ def test_gpus_need_ray(family: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_gpus_this_machine_does_not_have(family: Path, tmp_path: Path) -> None:
     asked = {**ask(family, "linear"), "compute": {"gpus_per_worker": 1}}
-    with pytest.raises(RecipeError, match="compute.gpus_per_worker: 1 asked for, this machine has 0"):
+    with pytest.raises(RecipeError, match="compute.gpus_per_worker: 1 GPUs asked for, this machine has 0"):
         api.merge(asked, tmp_path / "out")
 
 

@@ -14,11 +14,17 @@ from raymerge.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class TokenRows:
     """Token ids, and what else the tokenizer gives, for each row; no padding yet."""
 
     columns: Mapping[str, Sequence[Sequence[int]]]
     pad_id: int
+
+    @staticmethod
+    def of_ids(ids: Sequence[Sequence[int]], tokenizer: Any, config: Any) -> "TokenRows":
+        """Rows that are token ids already."""
+        pad_id = _padding_token(tokenizer, config.get_text_config())
+        return TokenRows({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}, pad_id)
 
     def num_tokens(self, row: int) -> int:
         return len(self.columns["input_ids"][row])
@@ -41,7 +47,7 @@ class Rows:
 
 def tokenise(
     tokenizer: Any, config: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, where: str
-) -> Rows:
+) -> TokenRows:
     """Cut texts into at most `max_length` tokens each, special tokens included.
 
     Sets the config's padding token if it has none. Raises RecipeError if a row is empty, or is longer
@@ -64,7 +70,7 @@ def tokenise(
     # Classifiers over the last token find it by what is not padding.
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_id
-    return Rows(inputs, pad_id)
+    return TokenRows(inputs, pad_id)
 
 
 def _padding_token(tokenizer: Any, config: Any) -> int:
@@ -72,4 +78,4 @@ def _padding_token(tokenizer: Any, config: Any) -> int:
         if getattr(source, "pad_token_id", None) is not None:
             return int(source.pad_token_id)
     # Masked anyway: any token will do.
-    return int(tokenizer.eos_token_id or 0)
+    return int(getattr(tokenizer, "eos_token_id", None) or 0)

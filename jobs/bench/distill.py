@@ -1,0 +1,208 @@
+"""Fitting one block: one trained tensor per parameter against the published form with one per expert.
+
+    python jobs/bench/distill.py
+
+The published form trains a coefficient tensor per expert and runs the teacher at every step. Each form runs in a
+process of its own, on the same block, task vectors and samples; `alone` is the block's forward and backward.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from raymerge.distill.engine import PlainEngine
+from raymerge.distill.student import Objective, make_student, squared_distance
+from raymerge.models.trunk import Call, Flow, Trunk
+
+Weights = dict[str, Tensor]
+SHAPES: dict[str, dict[str, Any]] = {
+    # MiniLM-L6: batches of 16 texts.
+    "minilm": {
+        "config": {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},
+        "rows": 16,
+        "tokens": 32,
+        "batches": 8,
+    },
+    # A block of a 1.1 B Llama: 44 M parameters.
+    "llama": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+        "rows": 1,
+        "tokens": 64,
+        "batches": 1,
+    },
+}
+FORMS = ("ours", "published", "alone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--form", choices=FORMS, help="measure one form of one shape in this process")
+    arguments = parser.parse_args()
+    if arguments.form:
+        print(json.dumps(measure(arguments.form, arguments.shapes[0], arguments.experts, arguments.device)))
+        return
+    rows = []
+    for shape in arguments.shapes:
+        found = {form: in_a_process(form, shape, arguments.experts, arguments.device) for form in FORMS}
+        ours, theirs = found["ours"], found["published"]
+        rows.append(
+            {
+                "shape": shape,
+                "experts": arguments.experts,
+                **{f"{form}_epoch_s": found[form]["epoch_seconds"] for form in FORMS},
+                "times_faster": theirs["epoch_seconds"] / ours["epoch_seconds"],
+                "share_of_alone": found["alone"]["epoch_seconds"] / ours["epoch_seconds"],
+                "ours_peak_gb": ours["peak_gb"],
+                "published_peak_gb": theirs["peak_gb"],
+                "times_less_memory": theirs["peak_gb"] / ours["peak_gb"],
+            }
+        )
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, {arguments.device}, {date.today().isoformat()}")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=150).print(table)
+
+
+def in_a_process(form: str, shape: str, experts: int, device: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--form", form, "--shapes", shape, "--experts", str(experts)]
+    printed = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True).stdout
+    found: dict[str, float] = json.loads(printed.strip().splitlines()[-1])
+    return found
+
+
+def measure(form: str, shape: str, num_experts: int, device: str) -> dict[str, float]:
+    """Seconds of an epoch (the better of two, after one that is not counted), and peak memory."""
+    wanted = SHAPES[shape]
+    config = {**wanted["config"], "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 512}
+    trunk = Trunk(config, "encoder.layer" if shape == "minilm" else "layers", device)
+    (stack,) = trunk.stacks
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(scale: float, shape: tuple[int, ...]) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(device)
+
+    base = {name: drawn(0.03, value.shape) for name, value in trunk.parameters_of(stack, 0).items()}
+    outside = {name: drawn(0.03, value.shape) for name, value in trunk.outside.items()}
+    ids = torch.zeros(wanted["rows"], wanted["tokens"], dtype=torch.long, device=device)
+    start, _ = trunk.record(stack, outside, {"input_ids": ids}, {})
+    trunk.learn_handed(stack, start)
+    _, calls = trunk.record(stack, outside, {"input_ids": ids}, {})
+    hidden = [drawn(1.0, start.hidden.shape) for _ in range(wanted["batches"])]
+    samples = [(expert, value) for expert in range(num_experts) for value in hidden]
+
+    def run(weights: Weights, value: Tensor) -> Tensor:
+        return trunk.run_block(stack, 0, weights, Flow(value), _call(calls)).hidden
+
+    def delta(expert: int) -> Weights:
+        own = torch.Generator().manual_seed(expert + 1)
+        return {n: (0.003 * torch.randn(value.shape, generator=own)).to(device) for n, value in base.items()}
+
+    step = {"ours": ours, "published": published, "alone": alone}[form](base, delta, num_experts, run, samples)
+    elapsed = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        for number in range(len(samples)):
+            step(number)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elapsed.append(time.perf_counter() - begun)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"epoch_seconds": min(elapsed[1:]), "peak_gb": peak / 1e9}
+
+
+def _call(calls: list[Call]) -> Call:
+    return calls[0]
+
+
+Delta = Callable[[int], Weights]
+Run = Callable[[Weights, Tensor], Tensor]
+Samples = list[tuple[int, Tensor]]
+
+
+def ours(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Samples) -> Callable[[int], None]:
+    """Teachers' outputs once; one trained tensor per parameter; task vectors only summed up."""
+    initial = {name: value.clone() for name, value in base.items()}
+    span = {name: torch.zeros_like(value) for name, value in base.items()}
+    targets = []
+    for expert in range(num_experts):
+        of_expert = delta(expert)
+        teacher = {name: value + of_expert[name] for name, value in base.items()}
+        with torch.no_grad():
+            targets += [run(teacher, value) for number, value in samples if number == expert]
+        for name, value in of_expert.items():
+            initial[name].add_(value, alpha=0.3)
+            span[name].add_(value.abs())
+    base.clear()
+    del teacher, of_expert
+    engine = PlainEngine(Objective(make_student("element", initial, [span]), run, torch.float32), 0.01)
+    return lambda number: engine.step(samples[number][1], targets[number], None) and None
+
+
+def published(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Samples) -> Callable[[int], None]:
+    """A coefficient tensor per expert and parameter; the teacher runs at every step."""
+    deltas = [delta(expert) for expert in range(num_experts)]
+    trained = {name: [torch.full_like(value, 0.3).requires_grad_() for _ in deltas] for name, value in base.items()}
+    optimizer = torch.optim.Adam([tensor for tensors in trained.values() for tensor in tensors], lr=0.01)
+
+    def step(number: int) -> None:
+        expert, value = samples[number]
+        with torch.no_grad():
+            target = run({name: value + deltas[expert][name] for name, value in base.items()}, value)
+        merged = {}
+        for name, value_of_base in base.items():
+            total = value_of_base
+            for coefficient, of_expert in zip(trained[name], deltas, strict=True):
+                total = total + coefficient * of_expert[name]
+            merged[name] = total
+        optimizer.zero_grad()
+        squared_distance(run(merged, value), target, None).backward()
+        optimizer.step()
+
+    return step
+
+
+def alone(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Samples) -> Callable[[int], None]:
+    """The block's own forward and backward: what no fit can do without."""
+    weights = {name: value.requires_grad_() for name, value in base.items()}
+
+    def step(number: int) -> None:
+        run(weights, samples[number][1]).square().sum().backward()
+        for value in weights.values():
+            value.grad = None
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Fit one unit, a block or what follows the last one, to its teachers: epochs over the batches in a seeded order."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymerge.distill.engine import Engine, Group
+from raymerge.errors import LearningError
+
+# A plateau is seen over this many epochs.
+PLATEAU_EPOCHS = 3
+
+Samples = Callable[[int], tuple[Any, Tensor, Tensor | None]]
+"""The sample, teacher's output and mask of a batch, by its number."""
+
+Tell = Callable[[str, Sequence[float], bool], None]
+"""Told after each epoch: unit, losses so far, whether it was the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitFit:
+    """How a unit was fitted: the loss of each epoch, summed over all samples, and the time it took."""
+
+    unit: str
+    losses: tuple[float, ...]
+    elapsed_seconds: float
+
+    @property
+    def relative_loss(self) -> float:
+        """The last epoch's loss, relative to the first's; 1 where nothing was learned."""
+        return self.losses[-1] / self.losses[0] if self.losses and self.losses[0] else 1.0
+
+
+def fit(
+    unit: str,
+    engine: Engine,
+    samples: Samples,
+    num_batches: int,
+    *,
+    epochs: int,
+    lr: float,
+    anneal: bool,
+    plateau: float,
+    seed: int,
+    group: Group,
+    tell: Tell,
+) -> UnitFit:
+    """Minimise the engine's objective over all batches, `epochs` times.
+
+    `anneal`: the learning rate falls from `lr` towards 0, epoch by epoch. With a `plateau` above 0 it ends when the
+    loss has fallen by less than that share over three epochs. Raises LearningError if the loss is not finite.
+    """
+    begun = time.perf_counter()
+    losses: list[float] = []
+    for epoch in range(epochs):
+        if anneal:
+            engine.set_rate(lr * (1 - epoch / epochs))
+        total = 0.0
+        for number in _order(seed, unit, epoch, num_batches):
+            total += engine.step(*samples(number))
+        losses.append(group.add_up(total))
+        if not math.isfinite(losses[-1]):
+            raise LearningError(f"{unit}: the loss is not finite in epoch {epoch + 1}; lower settings.lr")
+        ended = epoch + 1 == epochs or _is_flat(losses, plateau)
+        tell(unit, losses, ended)
+        if ended:
+            break
+    engine.gather()
+    return UnitFit(unit=unit, losses=tuple(losses), elapsed_seconds=time.perf_counter() - begun)
+
+
+def _order(seed: int, unit: str, epoch: int, count: int) -> list[int]:
+    """Numbers of batches in an order that depends on nothing but the seed, the unit and the epoch."""
+    key = hashlib.sha256(f"{seed}\0{unit}\0{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def _is_flat(losses: Sequence[float], plateau: float) -> bool:
+    if not plateau or len(losses) <= PLATEAU_EPOCHS:
+        return False
+    before, now = losses[-1 - PLATEAU_EPOCHS], losses[-1]
+    return before - now < plateau * before

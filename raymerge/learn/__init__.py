@@ -1,0 +1,1 @@
+"""Unlabelled data for methods that learn: rows of files, images, batches. Read calibration.py first."""

@@ -1,0 +1,130 @@
+"""The files of a distillation: finished units as shards of the output; drafts, movements and curves beside them."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.writer import open_shard, write_text
+from raymerge.distill.engine import Group
+from raymerge.distill.fit import UnitFit
+from raymerge.distill.schedule import DRAFT
+from raymerge.distill.student import Weights
+from raymerge.models.trunk import Trunk
+from raymerge.plan.execute import merge_shard
+from raymerge.plan.schema import Plan
+from raymerge.plan.weights import PlanWeights
+
+UNITS = "raymerge/units"
+
+
+class PlanUnits:
+    """Keeps the units of a plan below an output folder that all ranks share; rank 0 writes."""
+
+    def __init__(self, plan: Plan, folder: Path, trunk: Trunk, weights: PlanWeights, group: Group) -> None:
+        assert plan.distillation is not None
+        self._plan = plan
+        self._units = plan.distillation
+        self._folder = folder
+        self._trunk = trunk
+        self._weights = weights
+        self._group = group
+
+    def load(self, unit: str, names: Sequence[str]) -> Weights | None:
+        """The parameters of a finished unit, as they were written; None if it is not finished."""
+        shards = [self._plan.shards[number] for number in self._units.unit(unit).shards]
+        if not all((self._folder / shard.file).is_file() for shard in shards):
+            return None
+        wanted = {tensor.name for tensor in self._weights.tensors_of(names)}
+        stored: dict[str, Tensor] = {}
+        for shard in shards:
+            stored |= {name: value for name, value in load_file(self._folder / shard.file).items() if name in wanted}
+        return self._weights.as_written(stored)
+
+    def write(self, unit: str, merged: Weights, moved: Weights, found: UnitFit) -> Weights:
+        """Keep a finished unit, and return its parameters as they were written."""
+        names = [tensor.name for tensor in self._weights.tensors_of(list(merged))]
+        fitted = self._trunk.conversion.to_checkpoint(names, {name: value.cpu() for name, value in merged.items()})
+        if self._group.rank == 0:
+            self._write_facts(unit, found)
+            if self._units.keep_moved:
+                self._write_moved(unit, moved)
+            for number in self._units.unit(unit).shards:
+                merge_shard(self._plan.job(number, "cpu"), self._folder, fitted=fitted)
+        self._group.wait()
+        return self._weights.as_written(fitted)
+
+    def draft(self, unit: str) -> Weights | None:
+        """What a first fit of a unit has moved; None if there was none."""
+        path = self._moved_path(f"{unit}{DRAFT}")
+        return load_file(path) if path.is_file() else None
+
+    def write_draft(self, unit: str, moved: Weights, found: UnitFit) -> None:
+        """Keep what a first fit of a unit has moved."""
+        if self._group.rank == 0:
+            self._write_facts(f"{unit}{DRAFT}", found)
+            self._write_moved(f"{unit}{DRAFT}", moved)
+        self._group.wait()
+
+    def _write_moved(self, unit: str, moved: Weights) -> None:
+        held = {name: value.to("cpu", torch.float32) for name, value in moved.items()}
+        layout = [(name, torch.float32, tuple(value.shape)) for name, value in held.items()]
+        with open_shard(self._moved_path(unit), layout) as writer:
+            for name, value in held.items():
+                writer.write(name, 0, value)
+
+    def _write_facts(self, unit: str, found: UnitFit) -> None:
+        write_text(self._folder / UNITS / f"{unit}.json", json.dumps(asdict(found)))
+
+    def _moved_path(self, unit: str) -> Path:
+        return self._folder / UNITS / f"{unit}.safetensors"
+
+
+def read_fits(folder: Path, units: Sequence[str]) -> list[dict[str, object]]:
+    """The curves of all units below an output folder, drafts first where there are any."""
+    found = []
+    for unit in units:
+        for name in (f"{unit}{DRAFT}", unit):
+            path = folder / UNITS / f"{name}.json"
+            if path.is_file():
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def discard_units(folder: Path) -> None:
+    """Remove what only served to go on after a kill, when the facts of the run have been written."""
+    shutil.rmtree(folder / UNITS, ignore_errors=True)
+
+
+def write_coefficients(plan: Plan, folder: Path, trunk: Trunk, weights: PlanWeights) -> None:
+    """Write `raymerge/coefficients.safetensors`: `<expert>.<parameter>` for each element, or each tensor's number."""
+    assert plan.distillation is not None
+    starts = dict(zip((m.name for m in plan.models if m.name != "base"), _starts(plan), strict=True))
+    moved: dict[str, Tensor] = {}
+    for unit in plan.distillation.units:
+        moved |= load_file(folder / UNITS / f"{unit.name}.safetensors")
+    elementwise = plan.calls[0].settings["granularity"] == "element"
+    layout = [
+        (f"{expert}.{name}", DTYPES["F32"], tuple(value.shape) if elementwise else ())
+        for expert in starts
+        for name, value in moved.items()
+    ]
+    with open_shard(folder / "raymerge" / "coefficients.safetensors", layout) as writer:
+        for number, (expert, start) in enumerate(starts.items()):
+            for name, value in moved.items():
+                if elementwise:
+                    delta = weights.delta(name, expert)
+                    writer.write(f"{expert}.{name}", 0, start + delta.sign() * value)
+                else:
+                    writer.write(f"{expert}.{name}", 0, start + value[number].flatten())
+
+
+def _starts(plan: Plan) -> tuple[float, ...]:
+    """The coefficients of the start, by expert; of the first call where they differ by depth."""
+    return tuple(plan.calls[0].settings["coefficient"])

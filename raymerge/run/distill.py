@@ -1,0 +1,224 @@
+"""Run the learned part of a plan: in this process, or on a group of Ray Train workers under DeepSpeed ZeRO."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+
+from raymerge.checkpoint.reader import open_reader
+from raymerge.distill.engine import Alone, Group, MakeEngine, PlainEngine
+from raymerge.distill.schedule import DRAFT, TAIL, Distiller
+from raymerge.distill.walk import Walk
+from raymerge.errors import RecipeError
+from raymerge.learn.calibration import Reading, read_batches
+from raymerge.methods.prodistill import Prodistill
+from raymerge.models import load, vocabulary
+from raymerge.models.trunk import Trunk
+from raymerge.plan.schema import Plan
+from raymerge.plan.units import PlanUnits, write_coefficients
+from raymerge.plan.weights import PlanWeights
+from raymerge.recipe.schema import Compute
+from raymerge.run.merge import Progress
+
+logger = logging.getLogger("raymerge")
+
+EVENTS = "raymerge/units/events.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitProgress:
+    """Where a fit is: epoch `epoch` of `epochs` of unit number `number` of `count`."""
+
+    unit: str
+    number: int
+    count: int
+    epoch: int
+    epochs: int
+    loss: float
+    relative_loss: float
+    elapsed_seconds: float
+    ended: bool
+
+
+Tell = Callable[[UnitProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillJob:
+    """All that a rank needs. Paths must mean the same on every node."""
+
+    plan: Plan
+    folder: Path
+    dtype: str
+    device: str
+
+
+def run_distillation(plan: Plan, folder: Path, compute: Compute, local: bool, progress: Progress) -> int:
+    """Fit all units of a plan that are not finished, below `folder`; returns the peak memory of any rank, in bytes.
+
+    Raises LearningError if a fit diverges, RayMergeError if workers are lost too often.
+    """
+    job = DistillJob(
+        plan=plan, folder=folder, dtype=compute.precision, device="cuda" if compute.gpus_per_worker else "cpu"
+    )
+    workers = compute.workers or 1
+    tell = _log_and_pass_on(progress)
+    if workers == 1 and not compute.zero_stage:
+        with _all_cores():
+            return distill(job, Alone(), PlainEngine, tell)
+    if local:
+        raise RecipeError("compute.workers: several workers, or ZeRO, run on Ray; leave out --local")
+    from raymerge.run.train import train
+
+    with _listening(folder / EVENTS, tell):
+        return train(job, workers, compute)
+
+
+def _log_and_pass_on(progress: Progress) -> Tell:
+    """One line in the log per unit, and a bar that moves with every epoch."""
+    begun, fitted = time.perf_counter(), 0
+
+    def tell(at: UnitProgress) -> None:
+        nonlocal fitted
+        # In hundredths of a unit: units may have different numbers of epochs.
+        done = 100 * (at.number - 1) + (100 if at.ended else 100 * at.epoch // at.epochs)
+        progress(f"fitting {at.unit}: loss {at.relative_loss:.3f} of its start", done, 100 * at.count)
+        if at.ended:
+            fitted += 1
+            per_unit = (time.perf_counter() - begun) / fitted
+            logger.info(
+                f"{at.unit} ({at.number} of {at.count}): loss {at.loss:.4g}, {at.relative_loss:.3f} of its start, "
+                f"{at.elapsed_seconds:.1f} s; about {per_unit * (at.count - at.number):.0f} s to go"
+            )
+
+    return tell
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def distill(job: DistillJob, group: Group, make_engine: MakeEngine, tell: Tell) -> int:
+    """One rank's part of a distillation; returns this process's peak memory in bytes."""
+    from raymerge.plan.execute import peak_bytes
+
+    plan = job.plan
+    assert plan.distillation is not None
+    method = plan.calls[0].build()
+    assert isinstance(method, Prodistill)
+    trunk = Trunk(plan.config, plan.distillation.blocks or None, job.device)
+    with open_reader(plan.locations) as reader:
+        weights = PlanWeights(plan, trunk, reader)
+        trunk.leave_out(weights.missing)
+        batches = read_batches(plan.distillation.calibrations, _reading(plan, method, trunk))
+        walk = Walk(trunk, batches, group, getattr(torch, job.dtype))
+        units = PlanUnits(plan, job.folder, trunk, weights, group)
+        told = _Teller(plan, method, tell) if group.rank == 0 else None
+        Distiller(
+            walk, weights, units, method.fit_settings(plan.seed), make_engine, group, told or (lambda *_: None)
+        ).run()
+        if plan.distillation.keep_moved and group.rank == 0:
+            write_coefficients(plan, job.folder, trunk, weights)
+    return peak_bytes()
+
+
+class _Teller:
+    """Says where a fit is, once an epoch."""
+
+    def __init__(self, plan: Plan, method: Prodistill, tell: Tell) -> None:
+        assert plan.distillation is not None
+        units = [unit.name for unit in plan.distillation.units]
+        epochs = dict.fromkeys(units, method.epochs)
+        if method.correction_epochs:
+            drafts = {f"{unit}{DRAFT}": method.epochs for unit in units if unit != TAIL}
+            epochs = drafts | dict.fromkeys(units, method.correction_epochs)
+        self._numbers = {unit: number for number, unit in enumerate(epochs, start=1)}
+        self._epochs = epochs
+        self._tell = tell
+        self._begun = time.perf_counter()
+
+    def __call__(self, unit: str, losses: Sequence[float], ended: bool) -> None:
+        if len(losses) == 1:
+            self._begun = time.perf_counter()
+        self._tell(
+            UnitProgress(
+                unit=unit,
+                number=self._numbers[unit],
+                count=len(self._numbers),
+                epoch=len(losses),
+                epochs=self._epochs[unit],
+                loss=losses[-1],
+                relative_loss=losses[-1] / losses[0] if losses[0] else 1.0,
+                elapsed_seconds=time.perf_counter() - self._begun,
+                ended=ended,
+            )
+        )
+
+
+def _reading(plan: Plan, method: Prodistill, trunk: Trunk) -> Reading:
+    assert plan.distillation is not None
+    owner = plan.locations[plan.tokenizer.model]
+    images = any(calibration.column == "image" for calibration in plan.distillation.calibrations)
+    texts = any(calibration.column != "image" for calibration in plan.distillation.calibrations)
+    tokenizer = vocabulary.load_tokenizer(owner, owner.files()) if texts else None
+    if tokenizer is not None and plan.tokenizer.added:
+        donors = [vocabulary.load_tokenizer(place, place.files()) for place in plan.locations if place != owner]
+        tokenizer = vocabulary.extend_tokenizer(tokenizer, plan.tokenizer.added, donors)
+    return Reading(
+        config=trunk.model.config,
+        tokenizer=tokenizer,
+        image_processor=load.load_image_processor(str(plan.locations[0])) if images else None,
+        samples=method.samples,
+        max_length=method.max_length,
+        batch_size=method.batch_size,
+        seed=plan.seed,
+    )
+
+
+@contextmanager
+def _listening(path: Path, tell: Tell) -> Iterator[None]:
+    """Pass on what rank 0 writes to a file, while the driver waits for the workers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    over = Event()
+
+    def listen() -> None:
+        with path.open() as events:
+            while True:
+                ended = over.is_set()
+                for line in events:
+                    tell(UnitProgress(**json.loads(line)))
+                if ended:
+                    return
+                over.wait(0.2)
+
+    thread = Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def write_event(path: Path, progress: UnitProgress) -> None:
+    """Append one event, whole: what `_listening` reads on the driver."""
+    line = json.dumps({name: getattr(progress, name) for name in UnitProgress.__slots__}) + "\n"
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
