@@ -52,6 +52,7 @@ class Shape:
 
 
 SHAPES = {
+    "1b": Shape(hidden=2048, blocks=22, intermediate=5632, vocabulary=32000),
     "430m": Shape(hidden=1024, blocks=24, intermediate=4096, vocabulary=32000),
     "small": Shape(hidden=256, blocks=2, intermediate=512, vocabulary=1000),
 }

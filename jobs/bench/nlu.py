@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import platform
-import time
+import sys
 from collections.abc import Mapping
 from datetime import date
 from importlib.resources import files
@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import fine_tune
+from processes import run_measured
 from rich.console import Console
 from rich.table import Table
 
 from raymerge import api, methods
+
+RAYMERGE = [sys.executable, "-m", "raymerge"]
 
 # Settings other than the defaults, as their papers choose them for many tasks; each row is a merge.
 ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -93,10 +96,11 @@ def of_experts(family: Mapping[str, Any], tasks: list[str], base: Path) -> dict[
 
 
 def measure(name: str, recipe: dict[str, Any], folder: Path, own: Mapping[str, float]) -> dict[str, Any]:
-    begun = time.perf_counter()
-    result = api.merge(recipe, folder / "merged", local=True, overwrite=True)
-    elapsed = time.perf_counter() - begun
-    found = api.evaluate(result.out, recipe)
+    written, out = folder / "recipe.json", folder / "merged"
+    written.write_text(json.dumps(recipe))
+    # In a process of its own, start-up included, so that memory is that of this merge.
+    took = run_measured([*RAYMERGE, "merge", str(written), str(out), "--local", "--quiet", "--overwrite"])
+    found = api.evaluate(out, recipe)
     scores = {task: score.score for task, score in found.tasks.items()}
     kept = sum(score / own[task] for task, score in scores.items()) / len(scores)
     return {
@@ -104,8 +108,8 @@ def measure(name: str, recipe: dict[str, Any], folder: Path, own: Mapping[str, f
         **scores,
         "mean": found.mean,
         "kept": kept,
-        "seconds": elapsed,
-        "peak_gb": result.peak_bytes / 1e9,
+        "seconds": took.elapsed_seconds,
+        "peak_gb": took.peak_bytes / 1e9,
     }
 
 

@@ -44,10 +44,6 @@ class Engine(Protocol):
         """One optimizer step on this rank's part of a batch; its loss before the step."""
         ...
 
-    def set_rate(self, lr: float) -> None:
-        """The learning rate of the next steps."""
-        ...
-
     def gather(self) -> None:
         """Make the objective's parameters whole on every rank, when all steps are done."""
         ...
@@ -70,10 +66,6 @@ class PlainEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
-
-    def set_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
 
     def gather(self) -> None:
         pass

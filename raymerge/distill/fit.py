@@ -44,8 +44,6 @@ def fit(
     num_batches: int,
     *,
     epochs: int,
-    lr: float,
-    anneal: bool,
     plateau: float,
     seed: int,
     group: Group,
@@ -53,14 +51,12 @@ def fit(
 ) -> UnitFit:
     """Minimise the engine's objective over all batches, `epochs` times.
 
-    `anneal`: the learning rate falls from `lr` towards 0, epoch by epoch. With a `plateau` above 0 it ends when the
-    loss has fallen by less than that share over three epochs. Raises LearningError if the loss is not finite.
+    With a `plateau` above 0 it ends when the loss has fallen by less than that share over three epochs. Raises
+    LearningError if the loss is not finite.
     """
     begun = time.perf_counter()
     losses: list[float] = []
     for epoch in range(epochs):
-        if anneal:
-            engine.set_rate(lr * (1 - epoch / epochs))
         total = 0.0
         for number in _order(seed, unit, epoch, num_batches):
             total += engine.step(*samples(number))

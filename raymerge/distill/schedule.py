@@ -19,7 +19,7 @@ from raymerge.distill.settings import FitSettings
 from raymerge.distill.student import Objective, Weights, make_student
 from raymerge.distill.walk import Walk
 from raymerge.models.stacks import Stack
-from raymerge.models.trunk import output_of
+from raymerge.models.trunk import block_parameters, output_of
 
 TAIL = "tail"
 DRAFT = ".draft"
@@ -103,6 +103,8 @@ class Distiller:
             self._enter(stack)
             for block in range(stack.num_blocks):
                 self._block(stack, block, epochs, on_teachers, draft)
+            if on_teachers:
+                self._walk.follow("student", "teacher")
             self._walk.leave(stack)
         if self._settings.fit_tail and not draft:
             self._tail(epochs)
@@ -124,13 +126,13 @@ class Distiller:
         elif self._settings.inputs == "single":
             walk.follow("teacher", "student")
         for expert in range(self._source.num_experts):
-            weights = within(stack, block, self._source.of_expert(expert, names))
+            weights = block_parameters(stack, block, self._source.of_expert(expert, names))
             walk.advance(stack, block, "teacher", expert, weights)
         merged = self._sink.load(unit, names)
         if merged is None and not (draft and self._sink.draft(unit) is not None):
 
             def run(weights: Weights, sample: Any) -> Tensor:
-                return self._trunk.run_block(stack, block, within(stack, block, weights), *sample).hidden
+                return self._trunk.run_block(stack, block, block_parameters(stack, block, weights), *sample).hidden
 
             def samples(number: int) -> tuple[Any, Tensor, Tensor | None]:
                 part = walk.parts[number]
@@ -139,7 +141,7 @@ class Distiller:
             merged = self._fit(unit, names, run, samples, epochs, draft)
         if not on_teachers:
             assert merged is not None
-            walk.advance(stack, block, "student", None, within(stack, block, merged))
+            walk.advance(stack, block, "student", None, block_parameters(stack, block, merged))
 
     def _tail(self, epochs: int) -> None:
         names = [name for name in self._trunk.tail if name in self._trunk.outside]
@@ -209,8 +211,6 @@ class Distiller:
             samples,
             len(self._walk.parts),
             epochs=epochs,
-            lr=settings.lr,
-            anneal=settings.anneal,
             plateau=settings.plateau,
             seed=settings.seed,
             group=self._group,
@@ -226,13 +226,7 @@ class Distiller:
         return [f"{stack.parameter_prefix(block)}{name}" for name in self._trunk.parameters_of(stack, block)]
 
     def _inner(self, names: Sequence[str], stack: Stack, block: int) -> dict[str, Tensor]:
-        return within(stack, block, self._source.initial(names))
-
-
-def within(stack: Stack, block: int, weights: Weights) -> dict[str, Tensor]:
-    """Parameters by their names within a block, from their names in the trunk."""
-    prefix = stack.parameter_prefix(block)
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+        return block_parameters(stack, block, self._source.initial(names))
 
 
 def _on(device: str, weights: Weights) -> dict[str, Tensor]:

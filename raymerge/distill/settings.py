@@ -18,7 +18,6 @@ class FitSettings:
     epochs: int
     correction_epochs: int
     lr: float
-    anneal: bool
     plateau: float
     fit_tail: bool
     seed: int

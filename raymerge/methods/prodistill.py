@@ -38,9 +38,6 @@ class Prodistill(LearnedMethod):
     lr: float = 0.01
     """Learning rate of Adam."""
 
-    anneal: bool = False
-    """Let the learning rate of a block fall to nothing over its epochs."""
-
     batch_size: int = 16
     """Samples per step, over all workers."""
 
@@ -88,7 +85,6 @@ class Prodistill(LearnedMethod):
             epochs=self.epochs,
             correction_epochs=self.correction_epochs,
             lr=self.lr,
-            anneal=self.anneal,
             plateau=self.plateau,
             fit_tail=self.fit_tail,
             seed=seed,

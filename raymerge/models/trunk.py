@@ -7,7 +7,7 @@ right without being known here, also where masks differ from block to block. Wei
 Shapes: B rows, T tokens, D width.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -262,20 +262,4 @@ def pad_mask(inputs: Mapping[str, Tensor], hidden: Tensor, is_decoder: bool = Fa
         mask = inputs.get(name)
         if mask is not None and mask.shape == hidden.shape[:2]:
             return mask
-    return None
-
-
-def names_in_blocks(trunk: Trunk, names: Sequence[str]) -> dict[str, tuple[Stack, int] | None]:
-    """For each tensor of a checkpoint, the stack and block it lies in; None: around the blocks, or no parameter."""
-    found: dict[str, tuple[Stack, int] | None] = {}
-    for name in names:
-        target, _ = trunk.conversion.parameter_of(name)
-        found[name] = None if target is None else _block_of(trunk, target)
-    return found
-
-
-def _block_of(trunk: Trunk, parameter: str) -> tuple[Stack, int] | None:
-    for stack in trunk.stacks:
-        if parameter.startswith(f"{stack.name}."):
-            return stack, int(parameter.removeprefix(f"{stack.name}.").partition(".")[0])
     return None

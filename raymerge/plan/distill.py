@@ -27,6 +27,8 @@ class LearningPlanner:
         self.method = _one_method(calls)
         if recipe.slices is not None:
             raise RecipeError("slices: prodistill fits whole models; leave slices out")
+        if recipe.compute.offload and not recipe.compute.zero_stage:
+            raise RecipeError("compute.offload: DeepSpeed offloads what it shards; set compute.zero_stage to 1, 2 or 3")
         self.trunk = Trunk(config, self.method.blocks or None)
         self._sizes = _unit_parameters(self.trunk, self.method.fit_tail)
         owner = {parameter: unit for unit, sizes in self._sizes.items() for parameter in sizes}

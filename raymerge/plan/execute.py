@@ -54,7 +54,7 @@ def merge_shard(
     with open_reader(job.locations) as reader, open_shard(folder / job.shard.file, layout) as writer:
         for tensor in job.shard.tensors:
             if fitted is not None and tensor.name in fitted:
-                writer.write(tensor.name, 0, fitted[tensor.name].to(DTYPES[tensor.dtype]))
+                _write_fitted(tensor, fitted[tensor.name], writer)
             elif tensor.call is None:
                 _copy(tensor, reader, writer)
             else:
@@ -171,6 +171,13 @@ def _merge(stream: _Stream, writer: ShardWriter, known: Any) -> None:
     except (ValueError, RuntimeError) as problem:
         stream.require_finite_inputs()
         raise RayMergeError(f"{name}: merging failed: {problem}") from problem
+
+
+def _write_fitted(tensor: PlannedTensor, fitted: Tensor, writer: ShardWriter) -> None:
+    written = fitted.to(DTYPES[tensor.dtype])
+    if not is_finite(written):
+        raise NonFiniteTensor(f"{tensor.name}: what was learned overflows {tensor.dtype}; lower settings.lr")
+    writer.write(tensor.name, 0, written)
 
 
 def _copy(tensor: PlannedTensor, reader: Reader, writer: ShardWriter) -> None:

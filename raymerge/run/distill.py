@@ -70,11 +70,11 @@ def run_distillation(plan: Plan, folder: Path, compute: Compute, local: bool, pr
     )
     workers = compute.workers or 1
     tell = _log_and_pass_on(progress)
-    if workers == 1 and not compute.zero_stage:
+    if workers == 1 and not compute.zero_stage and not compute.gpus_per_worker:
         with _all_cores():
             return distill(job, Alone(), PlainEngine, tell)
     if local:
-        raise RecipeError("compute.workers: several workers, or ZeRO, run on Ray; leave out --local")
+        raise RecipeError("compute.workers: several workers, ZeRO and GPUs run on Ray; leave out --local")
     from raymerge.run.train import train
 
     with _listening(folder / EVENTS, tell):
@@ -172,7 +172,7 @@ def _reading(plan: Plan, method: Prodistill, trunk: Trunk) -> Reading:
     assert plan.distillation is not None
     owner = plan.locations[plan.tokenizer.model]
     images = any(calibration.column == "image" for calibration in plan.distillation.calibrations)
-    texts = any(calibration.column != "image" for calibration in plan.distillation.calibrations)
+    texts = any(calibration.column in ("text", "messages") for calibration in plan.distillation.calibrations)
     tokenizer = vocabulary.load_tokenizer(owner, owner.files()) if texts else None
     if tokenizer is not None and plan.tokenizer.added:
         donors = [vocabulary.load_tokenizer(place, place.files()) for place in plan.locations if place != owner]

@@ -58,10 +58,6 @@ class ZeroEngine:
         self._engine.step()
         return float(loss.detach())
 
-    def set_rate(self, lr: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-
     def gather(self) -> None:
         """Copy the trained numbers out of their shards and take the engine off its objective."""
         import deepspeed

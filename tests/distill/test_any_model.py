@@ -35,7 +35,13 @@ def family(folder: Path, name: str) -> dict[str, Any]:
     return {"base": str(folder / "base"), "experts": experts}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each kind: an encoder, an image model, masks that differ by block, experts within blocks, two stacks.
+QUICK = ("deberta-v2", "vit", "gemma3_text", "qwen3_moe", "t5")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_frozen_is_task_arithmetic_and_fitted_is_nearer(name: str, tmp_path: Path) -> None:
     asked = family(tmp_path, name)
     settings = {"coefficient": 0.4, "epochs": 0, "batch_size": 6, "max_length": 16}

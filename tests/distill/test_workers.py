@@ -73,7 +73,15 @@ def test_more_than_this_machine_has(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_offload_needs_something_to_shard(tmp_path: Path) -> None:
+    asked = {**make_family(tmp_path), "compute": {"workers": 2, "offload": True}}
+    with pytest.raises(RecipeError, match="compute.offload: .* set compute.zero_stage"):
+        api.plan(asked)
+
+
 def test_several_workers_need_ray(tmp_path: Path) -> None:
     asked = {**make_family(tmp_path), "compute": {"workers": 2}}
-    with pytest.raises(RecipeError, match="compute.workers: several workers, or ZeRO, run on Ray; leave out --local"):
+    with pytest.raises(
+        RecipeError, match="compute.workers: several workers, ZeRO and GPUs run on Ray; leave out --local"
+    ):
         api.merge(asked, tmp_path / "out", local=True)
