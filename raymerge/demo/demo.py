@@ -65,8 +65,9 @@ def _write_data(out: Path) -> None:
     train, test = load_split()
     for domain in DOMAINS:
         write_parquet(shifted(test, domain, TEST_DRAW), data_path(out, domain))
-    few = Digits(train.images[:NUM_CALIBRATION], train.labels[:NUM_CALIBRATION])
-    for domain in EXPERTS:
+    for number, domain in enumerate(EXPERTS):
+        rows = slice(number * NUM_CALIBRATION, (number + 1) * NUM_CALIBRATION)
+        few = Digits(train.images[rows], train.labels[rows])
         write_parquet(shifted(few, domain, CALIBRATION_DRAW), calibration_path(out, domain))
 
 

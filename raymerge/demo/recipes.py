@@ -22,7 +22,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "sce": {},
     "iso_c": {"scale": 4.0},
     "tsv": {"scale": 1.4},
-    "prodistill": {"epochs": 40, "lr": 0.03},
+    "prodistill": {"coefficient": 0.5, "epochs": 100, "lr": 0.06, "fit_tail": True},
 }
 
 

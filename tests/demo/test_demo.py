@@ -133,7 +133,7 @@ def test_whole_demo(tmp_path: Path) -> None:
         assert rows["base"].scores[name] < rows[name].scores[name] - 0.05
     alone = max(rows[name].mean for name in ("base", *EXPERTS))
     assert result.best.mean > alone + 0.05
-    assert result.best.name == "prodistill" and result.best.share_kept > 0.95
+    assert result.best.name == "prodistill" and result.best.share_kept > 0.93
     assert (result.best.path / "config.json").is_file()
     # Again over its own folder, to the same scores.
     again = run_demo(tmp_path / "out", workers=1, quiet=True)
