@@ -65,7 +65,6 @@ def merge(
     workers: int | None = None,
     memory: str | int | None = None,
     overwrite: bool = False,
-    quiet: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge checkpoints into the folder `out`.

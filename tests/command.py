@@ -3,7 +3,13 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-c", "from raymerge.cli import main; main()")
@@ -28,3 +34,49 @@ def run(command: list[str], *, cwd: Path | None = None, **more: str) -> subproce
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=120, check=False
     )
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in the background, ended with all it started when the test is done."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        family = descendants(process.pid)
+        process.kill()
+        process.communicate()
+        for one in family:
+            if one.is_running():
+                one.kill()
+
+
+def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Return when the condition holds; fail if the process has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def descendants(pid: int, title: str = "") -> list[psutil.Process]:
+    """Processes that one has started, in turn too, whose command line has `title` in it."""
+    try:
+        return [one for one in psutil.Process(pid).children(recursive=True) if title in _title(one)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -95,7 +95,7 @@ def _merge(out: Path, method: str, own: Mapping[str, float], workers: int | None
     recipe = write_recipe(out, method)
     # For a model this small, starting a group of workers that learn takes longer than learning.
     learners = 1 if method == "prodistill" else workers
-    merged = api.merge(recipe, out / "merged" / method, workers=learners, overwrite=True, quiet=True)
+    merged = api.merge(recipe, out / "merged" / method, workers=learners, overwrite=True)
     step(f"merged {method}")
     scores = _scores(merged.out, recipe)
     step(f"measured {method}")

@@ -1,6 +1,5 @@
 """Fit one unit, a block or what follows the last one, to its teachers: epochs over the batches in a seeded order."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from raymerge.distill.engine import Engine, Group
 from raymerge.errors import LearningError
+from raymerge.ops.randomness import seeded
 
 # A plateau is seen over this many epochs.
 PLATEAU_EPOCHS = 3
@@ -30,11 +30,6 @@ class UnitFit:
     unit: str
     losses: tuple[float, ...]
     elapsed_seconds: float
-
-    @property
-    def relative_loss(self) -> float:
-        """The last epoch's loss, relative to the first's; 1 where nothing was learned."""
-        return self.losses[-1] / self.losses[0] if self.losses and self.losses[0] else 1.0
 
 
 def fit(
@@ -73,9 +68,7 @@ def fit(
 
 def _order(seed: int, unit: str, epoch: int, count: int) -> list[int]:
     """Numbers of batches in an order that depends on nothing but the seed, the unit and the epoch."""
-    key = hashlib.sha256(f"{seed}\0{unit}\0{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    order: list[int] = torch.randperm(count, generator=seeded(seed, unit, epoch)).tolist()
     return order
 
 

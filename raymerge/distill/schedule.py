@@ -111,13 +111,10 @@ class Distiller:
 
     def _enter(self, stack: Stack) -> None:
         outside = list(self._trunk.outside)
-        first = self._names(stack, 0)
-        self._walk.enter(
-            stack, "student", None, self._source.initial(outside, written=True), self._inner(first, stack, 0)
-        )
+        first = block_parameters(stack, 0, self._source.initial(self._names(stack, 0)))
+        self._walk.enter(stack, "student", None, self._source.initial(outside, written=True), first)
         for expert in range(self._source.num_experts):
-            weights = self._source.of_expert(expert, outside)
-            self._walk.enter(stack, "teacher", expert, weights, self._inner(first, stack, 0))
+            self._walk.enter(stack, "teacher", expert, self._source.of_expert(expert, outside), first)
 
     def _block(self, stack: Stack, block: int, epochs: int, on_teachers: bool, draft: bool) -> None:
         walk, unit, names = self._walk, f"{stack.name}.{block}", self._names(stack, block)
@@ -144,26 +141,25 @@ class Distiller:
             walk.advance(stack, block, "student", None, block_parameters(stack, block, merged))
 
     def _tail(self, epochs: int) -> None:
-        names = [name for name in self._trunk.tail if name in self._trunk.outside]
+        names = self._trunk.tail
         if not names or self._sink.load(TAIL, names) is not None:
             return
         walk, trunk = self._walk, self._trunk
         outside = list(trunk.outside)
         student = walk.cast(self._source.initial(outside, written=True))
-        targets: dict[int, Tensor] = {}
         for expert in range(self._source.num_experts):
             weights = walk.cast(self._source.of_expert(expert, outside))
             for part in walk.parts:
                 if part.expert == expert:
                     with torch.no_grad():
                         output = trunk.run_tail(weights, part.inputs, walk.ends("teacher", part))
-                    targets[part.number] = output_of(output)
+                    walk.cache.put(f"target-{part.number}", output_of(output))
 
         def run(weights: Weights, sample: Any) -> Tensor:
             return output_of(trunk.run_tail({**student, **weights}, *sample))
 
         def samples(number: int) -> tuple[Any, Tensor, Tensor | None]:
-            part, target = walk.parts[number], targets[number]
+            part, target = walk.parts[number], walk.cache.get(f"target-{number}")
             mask = walk.mask(trunk.stacks[-1], part) if target.ndim == 3 else part.counted
             return (part.inputs, walk.ends("student", part)), target, mask
 
@@ -224,9 +220,6 @@ class Distiller:
 
     def _names(self, stack: Stack, block: int) -> list[str]:
         return [f"{stack.parameter_prefix(block)}{name}" for name in self._trunk.parameters_of(stack, block)]
-
-    def _inner(self, names: Sequence[str], stack: Stack, block: int) -> dict[str, Tensor]:
-        return block_parameters(stack, block, self._source.initial(names))
 
 
 def _on(device: str, weights: Weights) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ that the file has. Which rows are taken depends on the recipe's seed and the exp
 Shapes: B rows, T tokens.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from raymerge.errors import RecipeError
 from raymerge.learn.batches import TokenRows, tokenise
 from raymerge.learn.images import decode_image
 from raymerge.learn.rows import Fits, Rows, is_image, is_list_of_integers, is_list_of_messages, is_text
+from raymerge.ops.randomness import seeded
 
 COLUMNS: Mapping[str, Fits] = {
     "messages": is_list_of_messages,
@@ -70,7 +71,9 @@ def find_calibration(expert: str, data: str) -> Calibration:
         raise rows.error(f"has no column {', '.join(COLUMNS)}; it has {', '.join(rows.schema.names)}")
     rows.require({column: COLUMNS[column]})
     rows.require_some()
-    return Calibration(expert=expert, data=data, column=column, fingerprint=rows.fingerprint)
+    # Workers may stand in another folder.
+    place = data if "://" in data else str(Path(data).expanduser().absolute())
+    return Calibration(expert=expert, data=place, column=column, fingerprint=rows.fingerprint)
 
 
 def read_batches(calibrations: Sequence[Calibration], reading: Reading) -> list[Batch]:
@@ -89,9 +92,8 @@ def _rows(expert: str, data: str) -> Rows:
 
 
 def _choose(count: int, expert: str, reading: Reading) -> list[int]:
-    key = hashlib.sha256(f"{reading.seed}\0{expert}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    chosen: list[int] = torch.randperm(count, generator=generator)[: reading.samples].tolist()
+    order = torch.randperm(count, generator=seeded(reading.seed, expert))
+    chosen: list[int] = order[: reading.samples].tolist()
     return sorted(chosen)
 
 

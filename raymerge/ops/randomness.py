@@ -12,6 +12,12 @@ from torch import Tensor
 RESOLUTION = 1 << 16
 
 
+def seeded(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on `key` and nothing else."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 class Draws:
     """A stream of uniform 16-bit integers for one tensor of one expert, drawn on the CPU.
 
@@ -20,8 +26,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, tensor: str, expert: str) -> None:
-        key = hashlib.sha256(f"{seed}\0{tensor}\0{expert}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        self._generator = seeded(seed, tensor, expert)
         self._spare = torch.empty(0, dtype=torch.int16)
 
     def uniform(self, count: int) -> Tensor:

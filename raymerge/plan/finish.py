@@ -53,15 +53,23 @@ def finish_folder(plan: Plan, folder: Path, recipe: Mapping[str, Any], name: str
     )
 
 
+def output_tokenizer(plan: Plan) -> Any:
+    """The output's tokenizer: its owner's, with the tokens that are added. Raises CheckpointError."""
+    owner = plan.locations[plan.tokenizer.model]
+    tokenizer = vocabulary.load_tokenizer(owner, owner.files())
+    if not plan.tokenizer.added:
+        return tokenizer
+    donors = [vocabulary.load_tokenizer(place, place.files()) for place in plan.locations if place != owner]
+    return vocabulary.extend_tokenizer(tokenizer, plan.tokenizer.added, donors)
+
+
 def _write_tokenizer(plan: Plan, folder: Path) -> None:
     owner = plan.locations[plan.tokenizer.model]
     others = [owner, *(location for location in plan.locations if location != owner)]
     model_folder.copy_first(model_folder.GENERATION_FILES, others, folder)
     model_folder.copy_first(model_folder.PROCESSOR_FILES, others, folder)
     if plan.tokenizer.added:
-        tokenizer = vocabulary.load_tokenizer(owner, owner.files())
-        donors = [vocabulary.load_tokenizer(location, location.files()) for location in others[1:]]
-        vocabulary.extend_tokenizer(tokenizer, plan.tokenizer.added, donors).save_pretrained(folder)
+        output_tokenizer(plan).save_pretrained(folder)
     else:
         model_folder.copy_first(model_folder.TOKENIZER_FILES, others, folder)
     if plan.chat_template is not None:

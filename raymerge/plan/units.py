@@ -105,26 +105,22 @@ def discard_units(folder: Path) -> None:
 def write_coefficients(plan: Plan, folder: Path, trunk: Trunk, weights: PlanWeights) -> None:
     """Write `raymerge/coefficients.safetensors`: `<expert>.<parameter>` for each element, or each tensor's number."""
     assert plan.distillation is not None
-    starts = dict(zip((m.name for m in plan.models if m.name != "base"), _starts(plan), strict=True))
+    experts = [model.name for model in plan.models if model.name != "base"]
     moved: dict[str, Tensor] = {}
     for unit in plan.distillation.units:
         moved |= load_file(folder / UNITS / f"{unit.name}.safetensors")
     elementwise = plan.calls[0].settings["granularity"] == "element"
     layout = [
         (f"{expert}.{name}", DTYPES["F32"], tuple(value.shape) if elementwise else ())
-        for expert in starts
+        for expert in experts
         for name, value in moved.items()
     ]
     with open_shard(folder / "raymerge" / "coefficients.safetensors", layout) as writer:
-        for number, (expert, start) in enumerate(starts.items()):
+        for number, expert in enumerate(experts):
             for name, value in moved.items():
+                start = weights.start(name, expert)
                 if elementwise:
-                    delta = weights.delta(name, expert)
-                    writer.write(f"{expert}.{name}", 0, start + delta.sign() * value)
+                    found = start + weights.delta(name, expert).sign() * value
                 else:
-                    writer.write(f"{expert}.{name}", 0, start + value[number].flatten())
-
-
-def _starts(plan: Plan) -> tuple[float, ...]:
-    """The coefficients of the start, by expert; of the first call where they differ by depth."""
-    return tuple(plan.calls[0].settings["coefficient"])
+                    found = start.flatten()[:1] + value[number]
+                writer.write(f"{expert}.{name}", 0, found)

@@ -60,6 +60,10 @@ class PlanWeights:
         """The task vector of an expert for one parameter."""
         return self._collect([name], lambda tensor: self._delta(tensor, expert))[name]
 
+    def start(self, name: str, expert: str) -> Tensor:
+        """An expert's coefficients of one parameter at the start: settings may differ from tensor to tensor."""
+        return self._collect([name], lambda tensor: self._start(tensor, expert))[name]
+
     def of_expert(self, expert: int, names: Sequence[str]) -> Weights:
         """The parameters of an expert."""
         return self._collect(names, lambda tensor: self._read(self._source_of(tensor, self._experts[expert]), tensor))
@@ -91,6 +95,13 @@ class PlanWeights:
         if tensor.call is None or source is None:
             return torch.zeros(tensor.shape)
         return self._fill(replace(tensor, experts=(source,)), lambda parts: parts[1] - parts[0])
+
+    def _start(self, tensor: PlannedTensor, expert: str) -> Tensor:
+        if tensor.call is None:
+            return torch.zeros(tensor.shape)
+        settings = self._plan.calls[tensor.call].settings["coefficient"]
+        given = {source.name: value for source, value in zip(tensor.experts, settings, strict=True)}
+        return torch.full(tensor.shape, given.get(expert, 0.0))
 
     def _source_of(self, tensor: PlannedTensor, expert: str) -> Source:
         """The expert's own tensor, or the base's where it has none."""

@@ -19,8 +19,10 @@ from raymerge.distill.walk import Walk
 from raymerge.errors import RecipeError
 from raymerge.learn.calibration import Reading, read_batches
 from raymerge.methods.prodistill import Prodistill
-from raymerge.models import load, vocabulary
+from raymerge.models import load
 from raymerge.models.trunk import Trunk
+from raymerge.plan.execute import peak_bytes
+from raymerge.plan.finish import output_tokenizer
 from raymerge.plan.schema import Plan
 from raymerge.plan.units import PlanUnits, write_coefficients
 from raymerge.plan.weights import PlanWeights
@@ -113,8 +115,6 @@ def _all_cores() -> Iterator[None]:
 
 def distill(job: DistillJob, group: Group, make_engine: MakeEngine, tell: Tell) -> int:
     """One rank's part of a distillation; returns this process's peak memory in bytes."""
-    from raymerge.plan.execute import peak_bytes
-
     plan = job.plan
     assert plan.distillation is not None
     method = plan.calls[0].build()
@@ -170,16 +170,11 @@ class _Teller:
 
 def _reading(plan: Plan, method: Prodistill, trunk: Trunk) -> Reading:
     assert plan.distillation is not None
-    owner = plan.locations[plan.tokenizer.model]
     images = any(calibration.column == "image" for calibration in plan.distillation.calibrations)
     texts = any(calibration.column in ("text", "messages") for calibration in plan.distillation.calibrations)
-    tokenizer = vocabulary.load_tokenizer(owner, owner.files()) if texts else None
-    if tokenizer is not None and plan.tokenizer.added:
-        donors = [vocabulary.load_tokenizer(place, place.files()) for place in plan.locations if place != owner]
-        tokenizer = vocabulary.extend_tokenizer(tokenizer, plan.tokenizer.added, donors)
     return Reading(
         config=trunk.model.config,
-        tokenizer=tokenizer,
+        tokenizer=output_tokenizer(plan) if texts else None,
         image_processor=load.load_image_processor(str(plan.locations[0])) if images else None,
         samples=method.samples,
         max_length=method.max_length,

@@ -69,8 +69,11 @@ def test_stopped_after_any_unit_it_goes_on(tmp_path: Path, schedule: dict[str, A
         assert [u["losses"] for u in ours] == [u["losses"] for u in theirs]
 
 
-def test_coefficients_give_the_merge(tmp_path: Path) -> None:
-    asked = make_family(tmp_path) | {"output": {"coefficients": True}}
+@pytest.mark.parametrize(
+    "settings", [{}, {"coefficient": [0.2, 0.5]}, {"granularity": "tensor"}, {"granularity": "block"}], ids=str
+)
+def test_coefficients_give_the_merge(tmp_path: Path, settings: dict[str, Any]) -> None:
+    asked = make_family(tmp_path, **settings) | {"output": {"coefficients": True}}
     api.merge(asked, tmp_path / "out", local=True)
     found = load_file(tmp_path / "out" / "raymerge" / "coefficients.safetensors")
     merged, base = load(tmp_path / "out"), load(tmp_path / "base")
@@ -82,7 +85,8 @@ def test_coefficients_give_the_merge(tmp_path: Path) -> None:
         for expert, tensors in experts.items():
             expected += found[f"{expert}.{name}"] * (tensors[f"bert.{name}"] - base[name])
         assert torch.allclose(merged[name], expected, atol=1e-6)
-    assert any(float(value.std()) > 1e-3 for value in found.values())
+    starts = torch.tensor(settings.get("coefficient", [0.3]))
+    assert any(float((value.flatten()[0] - starts).abs().min()) > 1e-3 for value in found.values())
 
 
 @pytest.mark.parametrize(

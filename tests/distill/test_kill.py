@@ -2,19 +2,16 @@
 
 import json
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from command import COMMAND, environment, raymerge
+from command import descendants, raymerge, started, wait
 from samples import make_family
 from tiny import weights
 
-FIRST = "out.partial/raymerge/units/encoder.layer.0.json"
+UNITS = "out.partial/raymerge/units"
+MERGE = ("merge", "recipe.yml", "out")
 
 
 def prepare(folder: Path, **compute: Any) -> None:
@@ -22,34 +19,28 @@ def prepare(folder: Path, **compute: Any) -> None:
     (folder / "recipe.yml").write_text(json.dumps(asked))
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [*COMMAND, "merge", "recipe.yml", "out", *more]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
-
-
-def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.02)
+def expected(folder: Path, *more: str) -> dict[str, bytes]:
+    found = raymerge("merge", "recipe.yml", "expected", *more, cwd=folder)
+    assert found.returncode == 0, found.stderr
+    return weights(folder / "expected")
 
 
 def test_a_killed_run(tmp_path: Path) -> None:
     prepare(tmp_path)
-    process = start(tmp_path, "--local")
-    wait((tmp_path / FIRST).is_file, process, 90)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    first, second = (tmp_path / UNITS / f"encoder.layer.{block}.json" for block in (0, 1))
+    with started(*MERGE, "--local", cwd=tmp_path) as process:
+        wait(first.is_file, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (tmp_path / "out").exists()
-    begun = (tmp_path / FIRST).stat().st_mtime_ns
-    again = start(tmp_path, "--local")
-    wait(lambda: (tmp_path / "out.partial/raymerge/units/encoder.layer.1.json").is_file(), again, 90)
-    assert (tmp_path / FIRST).stat().st_mtime_ns == begun
-    _, said = again.communicate(timeout=90)
+    begun = first.stat().st_mtime_ns
+    with started(*MERGE, "--local", cwd=tmp_path) as again:
+        wait(second.is_file, again)
+        assert first.stat().st_mtime_ns == begun
+        _, said = again.communicate(timeout=90)
     assert again.returncode == 0, said
     assert "encoder.layer.1 (2 of 3): loss" in said and "encoder.layer.0 (1 of 3)" not in said
-    assert raymerge("merge", "recipe.yml", "expected", "--local", cwd=tmp_path).returncode == 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+    assert weights(tmp_path / "out") == expected(tmp_path, "--local")
 
 
 @pytest.mark.slow
@@ -57,15 +48,9 @@ def test_a_killed_run(tmp_path: Path) -> None:
 def test_a_killed_worker(tmp_path: Path) -> None:
     """Ray Train starts the group again."""
     prepare(tmp_path, workers=2, zero_stage=2)
-    process = start(tmp_path)
-    wait((tmp_path / FIRST).is_file, process, 180)
-
-    def workers() -> list[psutil.Process]:
-        family = psutil.Process(process.pid).children(recursive=True)
-        return [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
-
-    workers()[0].send_signal(signal.SIGKILL)
-    _, said = process.communicate(timeout=240)
+    with started(*MERGE, cwd=tmp_path) as process:
+        wait((tmp_path / UNITS / "encoder.layer.0.json").is_file, process, seconds=180)
+        descendants(process.pid, "RayTrainWorker")[0].kill()
+        _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert raymerge("merge", "recipe.yml", "expected", cwd=tmp_path).returncode == 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+    assert weights(tmp_path / "out") == expected(tmp_path)

@@ -89,12 +89,7 @@ def test_heads_of_merged_and_of_base(tmp_path: Path) -> None:
     transformers.BertModel.from_pretrained(tmp_path / "two").save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     experts = {"two": str(tmp_path / "two"), "three": str(tmp_path / "three")}
-    api.merge(
-        {"base": str(tmp_path / "base"), "experts": experts, "method": "linear"},
-        tmp_path / "out",
-        local=True,
-        quiet=True,
-    )
+    api.merge({"base": str(tmp_path / "base"), "experts": experts, "method": "linear"}, tmp_path / "out", local=True)
     rows = texts(30)
     own = predict(tmp_path / "two", [(row,) for row in rows])
     assert len(set(own)) == 2

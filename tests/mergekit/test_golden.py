@@ -101,7 +101,7 @@ def test_inputs_are_what_mergekit_merged(folder: Path) -> None:
 def test_deterministic_recipe(recipe: str, tmp_path: Path) -> None:
     theirs, facts = golden(recipe)
     out = tmp_path / "out"
-    api.merge(HERE / "recipes" / f"{recipe}.yml", out, local=True, quiet=True)
+    api.merge(HERE / "recipes" / f"{recipe}.yml", out, local=True)
     ours = read(out)
     assert ours.keys() == theirs.keys()
     config = json.loads((out / "config.json").read_text())
@@ -121,7 +121,7 @@ def test_deterministic_recipe(recipe: str, tmp_path: Path) -> None:
 def test_chat_template(recipe: str, tmp_path: Path) -> None:
     facts = golden(recipe)[1]
     out = tmp_path / "out"
-    api.merge(HERE / "recipes" / f"{recipe}.yml", out, local=True, quiet=True)
+    api.merge(HERE / "recipes" / f"{recipe}.yml", out, local=True)
     assert render(AutoTokenizer.from_pretrained(out)) == facts["conversation"]
 
 
@@ -133,7 +133,7 @@ def test_random_recipe(recipe: str, folder: Path, tmp_path: Path) -> None:
     runs = []
     for seed in range(NUM_SEEDS):
         out = tmp_path / str(seed)
-        api.merge(loaded.model_copy(update={"seed": seed}), out, local=True, quiet=True)
+        api.merge(loaded.model_copy(update={"seed": seed}), out, local=True)
         runs.append(describe(read(out), folder))
     for key, (mean, deviation) in stored[recipe].items():
         values = torch.tensor([run[key] for run in runs], dtype=torch.float64)

@@ -45,7 +45,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "experts": {name: str(folder / name) for name in CLASSES},
         "method": "linear",
     }
-    api.merge(recipe, folder / "out", local=True, quiet=True)
+    api.merge(recipe, folder / "out", local=True)
     return folder
 
 
@@ -89,7 +89,7 @@ def test_merged_head_needs_no_folder(tmp_path: Path) -> None:
         "experts": {name: str(tmp_path / name) for name in ("a", "b")},
         "method": "linear",
     }
-    api.merge(recipe, tmp_path / "out", local=True, quiet=True)
+    api.merge(recipe, tmp_path / "out", local=True)
     found = load_task_model(tmp_path / "out", "a")
     assert type(found).__name__ == "BertForSequenceClassification"
     mean = (
@@ -120,7 +120,7 @@ def test_output_of_half_floats_stays_in_half_floats(family: Path, tmp_path: Path
         "method": "linear",
         "output": {"dtype": "bfloat16"},
     }
-    api.merge(recipe, tmp_path / "out", local=True, quiet=True)
+    api.merge(recipe, tmp_path / "out", local=True)
     found = load_task_model(tmp_path / "out", "two")
     assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
 
@@ -195,7 +195,7 @@ def test_minilm_with_a_classifier_on_top(tmp_path: Path) -> None:
         "method": "task_arithmetic",
         "settings": {"coefficient": 0.5},
     }
-    api.merge(recipe, tmp_path / "out", local=True, quiet=True)
+    api.merge(recipe, tmp_path / "out", local=True)
     found = load_task_model(tmp_path / "out", "news")
     assert torch.equal(found.classifier.weight, expert.classifier.weight)
     original = transformers.BertModel.from_pretrained(base)

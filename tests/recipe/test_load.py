@@ -13,6 +13,9 @@ def with_(**more: Any) -> dict[str, Any]:
     return {"base": "b", "experts": {"math": "m", "my-code": {"path": "c"}}, "method": "linear", **more}
 
 
+READY = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yml"))
+
+
 def refuse(recipe: Any) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe)
@@ -24,6 +27,11 @@ def test_short_and_long_forms_are_one() -> None:
     assert [(name, expert.path) for name, expert in found.experts.items()] == [("math", "m"), ("my-code", "c")]
     assert found == load_recipe(with_(experts={"math": {"path": "m"}, "my-code": "c"}))
     assert load_recipe(found) is found
+
+
+@pytest.mark.parametrize("recipe", READY, ids=lambda recipe: recipe.stem)
+def test_ready_recipes_are_recipes(recipe: Path) -> None:
+    assert load_recipe(recipe).experts
 
 
 @pytest.mark.parametrize(

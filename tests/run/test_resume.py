@@ -1,18 +1,12 @@
 """Killed at any moment, a merge is taken up again and gives the bytes of an undisturbed run."""
 
 import json
-import os
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from command import COMMAND, environment, raymerge
+from command import descendants, raymerge, started, wait
 from tiny import make_llama, recipe, weights
 
 from raymerge import api
@@ -57,46 +51,13 @@ def expected(place: Path) -> dict[str, bytes]:
     return weights(place / "expected")
 
 
-@contextmanager
-def started(place: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """`raymerge merge` in a process of its own, ended with all it started when the test is done."""
-    command = [*COMMAND, "merge", "recipe.yml", "out", *more]
-    process = subprocess.Popen(
-        command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        family = descendants(process.pid)
-        process.kill()
-        process.communicate()
-        for one in family:
-            if one.is_running():
-                one.kill()
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
 def shards(place: Path) -> list[str]:
     return sorted(path.name for path in (place / "out.partial").glob("*.safetensors"))
 
 
-def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-
-
 def test_a_killed_driver_is_followed_by_one_that_goes_on(place: Path) -> None:
     """With a method from the working directory, on Ray."""
-    with started(place, "--workers", "2") as process:
+    with started("merge", "recipe.yml", "out", "--workers", "2", cwd=place) as process:
         wait(lambda: len(shards(place)) >= 2, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -117,7 +78,7 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(place: Path) -> None:
 
 
 def test_a_killed_driver_without_ray(place: Path) -> None:
-    with started(place, "--local", "--workers", "1") as process:
+    with started("merge", "recipe.yml", "out", "--local", "--workers", "1", cwd=place) as process:
         wait(lambda: len(shards(place)) >= 2, process)
         process.kill()
         process.wait()
@@ -130,15 +91,11 @@ def test_a_killed_driver_without_ray(place: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced(place: Path) -> None:
-    with started(place, "--workers", "2") as process:
+    with started("merge", "recipe.yml", "out", "--workers", "2", cwd=place) as process:
         wait(lambda: len(shards(place)) >= 1, process)
-
-        def busy() -> list[psutil.Process]:
-            return [one for one in descendants(process.pid) if "ray::_call" in title(one)]
-
-        wait(busy, process)
-        for one in busy():
-            os.kill(one.pid, signal.SIGKILL)
+        wait(lambda: descendants(process.pid, "ray::_call"), process)
+        for one in descendants(process.pid, "ray::_call"):
+            one.kill()
         (place / "fast").write_text("")
         _, errors = process.communicate(timeout=90)
         assert process.returncode == 0, errors
@@ -146,15 +103,8 @@ def test_a_killed_worker_is_replaced(place: Path) -> None:
     assert not list((place / "out").rglob("*.tmp"))
 
 
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def test_two_processes_on_one_output(place: Path) -> None:
-    with started(place, "--local", "--workers", "1") as process:
+    with started("merge", "recipe.yml", "out", "--local", "--workers", "1", cwd=place) as process:
         wait(lambda: shards(place), process)
         second = raymerge("merge", "recipe.yml", "out", "--local", cwd=place)
         assert second.returncode == 2

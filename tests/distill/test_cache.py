@@ -1,0 +1,41 @@
+"""What does not fit in memory comes back from disk as it was."""
+
+import pytest
+import torch
+
+from raymerge.distill import cache as cache_module
+from raymerge.distill.cache import ActivationCache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0, 100, 10**6])
+def test_the_same_tensors_come_back(dtype: torch.dtype, limit: int) -> None:
+    cache = ActivationCache(limit)
+    put = {f"student-{number}": torch.randn(2, 3, 4).to(dtype) for number in range(3)}
+    for key, value in put.items():
+        cache.put(key, value)
+    cache.put("student-1", put["student-1"] + 1)
+    put["student-1"] = put["student-1"] + 1
+    cache.put("transposed", put["student-2"].transpose(0, 2))
+    put["transposed"] = put["student-2"].transpose(0, 2)
+    cache.drop("student-0")
+    cache.drop("never there")
+    del put["student-0"]
+    for key, value in put.items():
+        found = cache.get(key)
+        assert found.dtype == dtype and torch.equal(found, value)
+    with pytest.raises(KeyError):
+        cache.get("student-0")
+
+
+def test_what_is_dropped_leaves_disk_and_makes_room(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
+    cache = ActivationCache(limit=40)
+    cache.put("first", torch.zeros(10))
+    cache.put("second", torch.ones(10))
+    files = list(cache._path("second").parent.iterdir())
+    assert [file.name for file in files] == ["second"] and files[0].stat().st_size == 40
+    cache.drop("first")
+    cache.put("second", torch.ones(10))
+    assert not files[0].exists()
+    assert torch.equal(cache.get("second"), torch.ones(10))
