@@ -45,12 +45,10 @@ def plan(recipe: RecipeLike, *, memory: str | int | None = None) -> Plan:
     a worker may hold. Checkpoints that are only a `config.json` are planned too, and said to be. Raises UserError
     of every kind.
     """
-    return _plan(load_recipe(recipe), memory, weightless=True)
+    return _plan(load_recipe(recipe).with_compute(memory=memory), weightless=True)
 
 
-def _plan(loaded: Recipe, memory: str | int | None, weightless: bool) -> Plan:
-    if memory is not None:
-        loaded = loaded.with_memory(memory)
+def _plan(loaded: Recipe, weightless: bool) -> Plan:
     planned = build_plan(loaded, weightless=weightless)
     if planned.chat_template is not None:
         choose_chat_template(planned.chat_template, planned)
@@ -74,8 +72,8 @@ def merge(
     StorageError while merging, in which case `out` does not exist.
     """
     begun = time.perf_counter()
-    loaded = load_recipe(recipe)
-    planned = _plan(loaded, memory, weightless=False)
+    loaded = load_recipe(recipe).with_compute(memory=memory, workers=workers)
+    planned = _plan(loaded, weightless=False)
     tell = progress or (lambda *_: None)
     target = Path(out)
     with open_workspace(target, planned.digest, overwrite) as workspace:
@@ -90,15 +88,14 @@ def merge(
         todo = [number for number in range(len(planned.shards)) if not _is_whole(planned, number, workspace)]
         resumed = len(planned.shards) - len(todo)
         _check_space(planned, todo, workspace.folder)
-        pool = _pool(planned, loaded, local, workers)
+        pool = _pool(planned, loaded, local)
         plain = [number for number in todo if number not in planned.learned_shards]
         reports = run_plan(planned, workspace.folder, pool, plain, tell)
         peak = max((report.peak_bytes for report in reports), default=0)
         if planned.distillation is not None:
             from raymerge.run.distill import run_distillation
 
-            compute = loaded.compute if workers is None else loaded.compute.model_copy(update={"workers": workers})
-            peak = max(peak, run_distillation(planned, workspace.folder, compute, local, tell))
+            peak = max(peak, run_distillation(planned, workspace.folder, loaded.compute, local, tell))
         finish_folder(planned, workspace.folder, loaded.as_written(), target.absolute().name)
         elapsed = time.perf_counter() - begun
         write_facts(
@@ -148,16 +145,16 @@ def evaluate(
     return collect_scores(jobs, [scores[number] for number in range(len(jobs))])
 
 
-def _pool(planned: Plan, recipe: Recipe, local: bool, workers: int | None) -> Pool:
+def _pool(planned: Plan, recipe: Recipe, local: bool) -> Pool:
     compute = recipe.compute
     if local:
         if compute.gpus_per_worker:
             raise RecipeError("compute.gpus_per_worker: GPUs are requested through Ray; leave out --local")
-        return LocalPool(workers or compute.workers)
+        return LocalPool(compute.workers)
     # Ray takes a second to import; local merges do without.
     from raymerge.run.cluster import RayPool
 
-    return RayPool(workers or compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker)
+    return RayPool(compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker)
 
 
 def _shard_bytes(planned: Plan, number: int) -> int:

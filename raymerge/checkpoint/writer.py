@@ -3,7 +3,7 @@
 import errno
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,6 +69,14 @@ def open_shard(path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, 
     except BaseException:
         _discard(temporary)
         raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of tensors that are there, on any device. Raises StorageError."""
+    layout = [(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    with open_shard(path, layout) as writer:
+        for name, value in tensors.items():
+            writer.write(name, 0, value.detach().cpu())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """ProDistill (Xu, Li, Zhang 2025, arXiv:2502.12706): fit block after block, each on what the merged model gives it.
 
 `progressive` is the paper's algorithm. `parallel` fits every block on its teachers' own inputs, which are known in
-advance, so that blocks do not wait for each other, and may correct them by a short progressive pass: an
+advance, so that stages do not wait for each other, and may correct them by a short progressive pass: an
 approximation.
 
 A teacher's output for a block is computed once. A unit that was finished before is not fitted again.
@@ -16,8 +16,9 @@ from torch import Tensor
 from raymerge.distill.engine import Group, MakeEngine
 from raymerge.distill.fit import Tell, UnitFit, fit
 from raymerge.distill.settings import FitSettings
+from raymerge.distill.stages import Passage, Stage
 from raymerge.distill.student import Objective, Weights, make_student
-from raymerge.distill.walk import Walk
+from raymerge.distill.walk import Path, Walk
 from raymerge.models.stacks import Stack
 from raymerge.models.trunk import block_parameters, output_of
 
@@ -76,6 +77,8 @@ class Distiller:
         make_engine: MakeEngine,
         group: Group,
         tell: Tell,
+        stage: Stage,
+        passage: Passage,
     ) -> None:
         self._walk = walk
         self._trunk = walk.trunk
@@ -85,9 +88,11 @@ class Distiller:
         self._make_engine = make_engine
         self._group = group
         self._tell = tell
+        self._stage = stage
+        self._passage = passage
 
     def run(self) -> None:
-        """Fit every block of every stack, and the tail if the settings say so."""
+        """Fit every block of this stage, and after the last one the tail if the settings say so."""
         corrected = self._settings.correction_epochs
         if self._settings.schedule == "progressive":
             self._pass(self._settings.epochs)
@@ -99,22 +104,60 @@ class Distiller:
             self._pass(corrected)
 
     def _pass(self, epochs: int, on_teachers: bool = False, draft: bool = False) -> None:
-        for stack in self._trunk.stacks:
-            self._enter(stack)
-            for block in range(stack.num_blocks):
-                self._block(stack, block, epochs, on_teachers, draft)
-            if on_teachers:
-                self._walk.follow("student", "teacher")
-            self._walk.leave(stack)
-        if self._settings.fit_tail and not draft:
+        def each(stack: Stack, block: int) -> None:
+            self._block(stack, block, epochs, on_teachers, draft)
+
+        name = "draft" if draft else "fit"
+        ahead: Sequence[Path] = ("teacher",) if on_teachers else ()
+        if ahead and not self._stage.is_last:
+            # The next stage waits for nothing but its teachers' inputs: those come before any fit.
+            self._journey(name, ahead, ahead, self._advance_teachers)
+            self._give(name, ahead)
+            self._walk.begin_again()
+        both: Sequence[Path] = ("student", "teacher")
+        self._journey(name, both, ahead or both, each)
+        if not self._stage.is_last:
+            self._give(name, [] if ahead else both)
+        elif self._settings.fit_tail and not draft:
             self._tail(epochs)
 
-    def _enter(self, stack: Stack) -> None:
+    def _journey(
+        self, name: str, paths: Sequence[Path], taken: Sequence[Path], each: Callable[[Stack, int], None]
+    ) -> None:
+        """Do something with each block of this stage, the samples of some paths standing before it.
+
+        `taken`: the paths that the stage before hands on; the student of the others goes where its teachers go.
+        """
+        arrives = not self._stage.is_first
+        for stack, blocks in self._stage.runs(self._trunk.stacks):
+            for path in paths:
+                source: Path = path if path in taken else "teacher"
+                if arrives:
+                    for part in self._walk.parts:
+                        self._walk.take_ends(path, part, self._passage.take(f"{name}-{source}-{part.number}"))
+                self._enter(stack, path)
+                if blocks.start:
+                    for part in self._walk.parts:
+                        self._walk.take_flow(stack, path, part, self._passage.take(f"{name}-{source}-{part.number}"))
+            for block in blocks:
+                each(stack, block)
+            if blocks.stop == stack.num_blocks:
+                self._walk.leave(stack, paths)
+            arrives = False
+
+    def _give(self, name: str, paths: Sequence[Path]) -> None:
+        for path in paths:
+            for part in self._walk.parts:
+                self._passage.give(f"{name}-{path}-{part.number}", self._walk.state(path, part))
+
+    def _enter(self, stack: Stack, path: Path) -> None:
         outside = list(self._trunk.outside)
         first = block_parameters(stack, 0, self._source.initial(self._names(stack, 0)))
-        self._walk.enter(stack, "student", None, self._source.initial(outside, written=True), first)
+        if path == "student":
+            self._walk.enter(stack, path, None, self._source.initial(outside, written=True), first)
+            return
         for expert in range(self._source.num_experts):
-            self._walk.enter(stack, "teacher", expert, self._source.of_expert(expert, outside), first)
+            self._walk.enter(stack, path, expert, self._source.of_expert(expert, outside), first)
 
     def _block(self, stack: Stack, block: int, epochs: int, on_teachers: bool, draft: bool) -> None:
         walk, unit, names = self._walk, f"{stack.name}.{block}", self._names(stack, block)
@@ -122,9 +165,7 @@ class Distiller:
             walk.follow("student", "teacher")
         elif self._settings.inputs == "single":
             walk.follow("teacher", "student")
-        for expert in range(self._source.num_experts):
-            weights = block_parameters(stack, block, self._source.of_expert(expert, names))
-            walk.advance(stack, block, "teacher", expert, weights)
+        self._advance_teachers(stack, block)
         merged = self._sink.load(unit, names)
         if merged is None and not (draft and self._sink.draft(unit) is not None):
 
@@ -139,6 +180,14 @@ class Distiller:
         if not on_teachers:
             assert merged is not None
             walk.advance(stack, block, "student", None, block_parameters(stack, block, merged))
+        elif block == stack.num_blocks - 1:
+            walk.follow("student", "teacher")
+
+    def _advance_teachers(self, stack: Stack, block: int) -> None:
+        names = self._names(stack, block)
+        for expert in range(self._source.num_experts):
+            weights = block_parameters(stack, block, self._source.of_expert(expert, names))
+            self._walk.advance(stack, block, "teacher", expert, weights)
 
     def _tail(self, epochs: int) -> None:
         names = self._trunk.tail

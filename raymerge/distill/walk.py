@@ -22,6 +22,11 @@ from raymerge.models.trunk import Call, Flow, Trunk, pad_mask
 
 Path = Literal["student", "teacher"]
 
+# Names of what one walk tells another begin so.
+HANDED = "handed."
+END = "end."
+COUNT = "count."
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -57,7 +62,8 @@ class Walk:
             flow, calls = self.trunk.record(stack, around, part.inputs, done)
             if len(calls) < stack.num_blocks:
                 with torch.no_grad():
-                    self.trunk.learn_handed(stack, self.trunk.run_block(stack, 0, self.cast(first), flow, calls[0]))
+                    behind = self.trunk.run_block(stack, 0, self.cast(first), flow, calls[0])
+                self.trunk.num_handed[stack.name] = len(behind.handed)
                 flow, calls = self.trunk.record(stack, around, part.inputs, done)
             self._calls[path, part.number] = calls
             self._set(path, part, flow)
@@ -74,12 +80,35 @@ class Walk:
         for part in self.parts:
             self._set(path, part, self._flow(other, part))
 
-    def leave(self, stack: Stack) -> None:
-        """Note where the samples have come out of a stack."""
+    def leave(self, stack: Stack, paths: Sequence[Path]) -> None:
+        """Note where the samples of some paths have come out of a stack."""
         self._left.append(stack.name)
-        for path in ("student", "teacher"):
+        for path in paths:
             for part in self.parts:
                 self.cache.put(f"{path}-{part.number}-end-{stack.name}", self.hidden(path, part))
+
+    def state(self, path: Path, part: Part) -> dict[str, Tensor]:
+        """Where a part is, for another walk to go on from: in its stack, and at the ends of those that were left."""
+        flow = self._flow(path, part)
+        handed = {f"{HANDED}{number}": value for number, value in enumerate(flow.handed) if value is not None}
+        ends = {f"{END}{name}": value for name, value in self.ends(path, part).items()}
+        counts = {f"{COUNT}{name}": torch.tensor(count) for name, count in self.trunk.num_handed.items()}
+        return {"hidden": flow.hidden, **handed, **ends, **counts}
+
+    def take_ends(self, path: Path, part: Part, state: Weights) -> None:
+        """Have left the stacks that another walk has."""
+        for name, value in state.items():
+            if name.startswith(COUNT):
+                self.trunk.num_handed[name.removeprefix(COUNT)] = int(value)
+        self._left = [name.removeprefix(END) for name in state if name.startswith(END)]
+        for name in self._left:
+            self.cache.put(f"{path}-{part.number}-end-{name}", state[f"{END}{name}"].to(self.trunk.device))
+
+    def take_flow(self, stack: Stack, path: Path, part: Part, state: Weights) -> None:
+        """Be where another walk is in a stack, which this one has entered."""
+        here = {name: value.to(self.trunk.device) for name, value in state.items()}
+        handed = tuple(here.get(f"{HANDED}{number}") for number in range(self.trunk.num_handed[stack.name]))
+        self._set(path, part, Flow(here["hidden"], handed))
 
     def begin_again(self) -> None:
         """Forget all stacks that were left."""

@@ -127,7 +127,8 @@ class Trunk:
         self.stacks = find_stacks(self.model, blocks)
         self._tape = _Tape()
         self._blocks: dict[str, list[nn.Module]] = {}
-        self._num_handed: dict[str, int] = {}
+        # What the blocks of a stack hand on beside the hidden states, noted by whoever has run its first one.
+        self.num_handed: dict[str, int] = {}
         _fill_buffers(self.model, device)
         for stack in self.stacks:
             listed = self.model.get_submodule(stack.name)
@@ -169,10 +170,6 @@ class Trunk:
             if own and gone.issuperset(own):
                 setattr(self.model, name, None)
 
-    def learn_handed(self, stack: Stack, flow: Flow) -> None:
-        """Take note of how many things a stack's blocks hand on beside the hidden states."""
-        self._num_handed[stack.name] = len(flow.handed)
-
     @torch.no_grad()
     def record(
         self, stack: Stack, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], done: Mapping[str, Tensor]
@@ -180,7 +177,7 @@ class Trunk:
         """What enters the first block of a stack, and what each of its blocks is called with, for one batch.
 
         `weights` are the parameters around the blocks, `done` the hidden states at the end of earlier stacks. Until
-        `learn_handed` has been told, only the first block's call is recorded.
+        `num_handed` says how many things the stack's blocks hand on, only the first block's call is recorded.
         """
         with self._taping(stack, done) as tape:
             try:
@@ -208,7 +205,7 @@ class Trunk:
     @contextmanager
     def _taping(self, wanted: Stack | None, done: Mapping[str, Tensor]) -> Iterator[_Tape]:
         tape = self._tape
-        tape.wanted, tape.done, tape.num_handed = wanted, done, self._num_handed
+        tape.wanted, tape.done, tape.num_handed = wanted, done, self.num_handed
         tape.first, tape.calls = None, []
         try:
             yield tape

@@ -27,9 +27,8 @@ class LearningPlanner:
         self.method = _one_method(calls)
         if recipe.slices is not None:
             raise RecipeError("slices: prodistill fits whole models; leave slices out")
-        if recipe.compute.offload and not recipe.compute.zero_stage:
-            raise RecipeError("compute.offload: DeepSpeed offloads what it shards; set compute.zero_stage to 1, 2 or 3")
         self.trunk = Trunk(config, self.method.blocks or None)
+        _check_compute(recipe.compute, sum(stack.num_blocks for stack in self.trunk.stacks))
         self._sizes = _unit_parameters(self.trunk, self.method.fit_tail)
         owner = {parameter: unit for unit, sizes in self._sizes.items() for parameter in sizes}
         self._unit_of = {}
@@ -97,7 +96,8 @@ def unit_cost(
     name: str, num_parameters: int, num_experts: int, method: Prodistill, compute: Compute, width: int, tokens: int
 ) -> UnitCost:
     """What fitting a unit takes; `width` of the hidden states, `tokens` positions of a sample."""
-    workers, stage = compute.workers or 1, compute.zero_stage
+    # Of one stage: its workers share what is learned.
+    workers, stage = (compute.workers or 1) // compute.stages, compute.zero_stage
     element = method.granularity == "element"
     # Other granularities train a few numbers and hold all task vectors.
     trained = num_parameters if element else num_experts
@@ -114,6 +114,18 @@ def unit_cost(
         step_bytes=2 * computed * num_parameters + 16 * rows * tokens * width * computed,
         cache_bytes=2 * samples * tokens * width * computed,
     )
+
+
+def _check_compute(compute: Compute, num_blocks: int) -> None:
+    if compute.offload and not compute.zero_stage:
+        raise RecipeError("compute.offload: DeepSpeed offloads what it shards; set compute.zero_stage to 1, 2 or 3")
+    if compute.stages > num_blocks:
+        raise RecipeError(f"compute.stages: found {compute.stages}; the model has {num_blocks} blocks to share out")
+    if (compute.workers or 1) % compute.stages:
+        raise RecipeError(
+            f"compute.stages: found {compute.stages}, which does not divide compute.workers: {compute.workers or 1}; "
+            f"every stage gets the same number of workers"
+        )
 
 
 def _unit_parameters(trunk: Trunk, fit_tail: bool) -> dict[str, dict[str, int]]:

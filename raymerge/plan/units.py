@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
-from raymerge.checkpoint.writer import open_shard, write_text
+from raymerge.checkpoint.reader import open_reader
+from raymerge.checkpoint.writer import open_shard, write_tensors, write_text
 from raymerge.distill.engine import Group
 from raymerge.distill.fit import UnitFit
 from raymerge.distill.schedule import DRAFT
@@ -54,7 +54,7 @@ class PlanUnits:
         if self._group.rank == 0:
             self._write_facts(unit, found)
             if self._units.keep_moved:
-                self._write_moved(unit, moved)
+                write_tensors(self._moved_path(unit), moved)
             for number in self._units.unit(unit).shards:
                 merge_shard(self._plan.job(number, "cpu"), self._folder, fitted=fitted)
         self._group.wait()
@@ -69,15 +69,8 @@ class PlanUnits:
         """Keep what a first fit of a unit has moved."""
         if self._group.rank == 0:
             self._write_facts(f"{unit}{DRAFT}", found)
-            self._write_moved(f"{unit}{DRAFT}", moved)
+            write_tensors(self._moved_path(f"{unit}{DRAFT}"), moved)
         self._group.wait()
-
-    def _write_moved(self, unit: str, moved: Weights) -> None:
-        held = {name: value.to("cpu", torch.float32) for name, value in moved.items()}
-        layout = [(name, torch.float32, tuple(value.shape)) for name, value in held.items()]
-        with open_shard(self._moved_path(unit), layout) as writer:
-            for name, value in held.items():
-                writer.write(name, 0, value)
 
     def _write_facts(self, unit: str, found: UnitFit) -> None:
         write_text(self._folder / UNITS / f"{unit}.json", json.dumps(asdict(found)))
@@ -102,8 +95,15 @@ def discard_units(folder: Path) -> None:
     shutil.rmtree(folder / UNITS, ignore_errors=True)
 
 
-def write_coefficients(plan: Plan, folder: Path, trunk: Trunk, weights: PlanWeights) -> None:
+def write_coefficients(plan: Plan, folder: Path) -> None:
     """Write `raymerge/coefficients.safetensors`: `<expert>.<parameter>` for each element, or each tensor's number."""
+    assert plan.distillation is not None
+    with open_reader(plan.locations) as reader:
+        trunk = Trunk(plan.config, plan.distillation.blocks or None)
+        _write_coefficients(plan, folder, PlanWeights(plan, trunk, reader))
+
+
+def _write_coefficients(plan: Plan, folder: Path, weights: PlanWeights) -> None:
     assert plan.distillation is not None
     experts = [model.name for model in plan.models if model.name != "base"]
     moved: dict[str, Tensor] = {}

@@ -108,6 +108,9 @@ class Compute(Part):
     gpus_per_worker: float = Field(default=0, ge=0)
     cpus_per_worker: float = Field(default=1, gt=0, description="of each worker that learns, and its threads")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="what DeepSpeed shards of what is learned")
+    stages: int = Field(
+        default=1, gt=0, description="groups the workers are split into, each with its own run of blocks to learn"
+    )
     offload: bool = Field(default=False, description="optimizer state in CPU memory")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="in which blocks are run to learn")
     memory: str | int | None = Field(default=None, description="memory per worker, as 2GB; none: as needed")
@@ -164,9 +167,10 @@ class Recipe(Part):
         """Read from another toolkit's format, whose conventions it follows."""
         return bool(self._notes)
 
-    def with_memory(self, memory: str | int) -> "Recipe":
-        """The same recipe with another memory budget per worker."""
-        copy = self.model_copy(update={"compute": self.compute.model_copy(update={"memory": memory})})
+    def with_compute(self, **changes: Any) -> "Recipe":
+        """The same recipe with other entries of `compute`; those given as None stay."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        copy = self.model_copy(update={"compute": self.compute.model_copy(update=given)})
         return copy.annotated(self._notes, self._required)
 
     def as_written(self) -> dict[str, Any]:

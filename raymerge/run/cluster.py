@@ -126,7 +126,7 @@ class RayPool:
                     running[task.remote(function, item)] = number
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 number = running.pop(done)
-                yield number, _result(done)
+                yield number, result_of(done)
         finally:
             for left in running:
                 ray.cancel(left, force=True)
@@ -162,7 +162,8 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
 
 
-def _result(done: Any) -> Any:
+def result_of(done: Any) -> Any:
+    """What a task has returned; raises what it has raised, or RayMergeError if it was lost."""
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as problem:

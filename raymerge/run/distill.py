@@ -5,8 +5,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 
@@ -15,6 +16,7 @@ import torch
 from raymerge.checkpoint.reader import open_reader
 from raymerge.distill.engine import Alone, Group, MakeEngine, PlainEngine
 from raymerge.distill.schedule import DRAFT, TAIL, Distiller
+from raymerge.distill.stages import Stage
 from raymerge.distill.walk import Walk
 from raymerge.errors import RecipeError
 from raymerge.learn.calibration import Reading, read_batches
@@ -23,24 +25,21 @@ from raymerge.models import load
 from raymerge.models.trunk import Trunk
 from raymerge.plan.execute import peak_bytes
 from raymerge.plan.finish import output_tokenizer
+from raymerge.plan.passage import FilePassage
 from raymerge.plan.schema import Plan
-from raymerge.plan.units import PlanUnits, write_coefficients
+from raymerge.plan.units import UNITS, PlanUnits, write_coefficients
 from raymerge.plan.weights import PlanWeights
 from raymerge.recipe.schema import Compute
 from raymerge.run.merge import Progress
 
 logger = logging.getLogger("raymerge")
 
-EVENTS = "raymerge/units/events.jsonl"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitProgress:
-    """Where a fit is: epoch `epoch` of `epochs` of unit number `number` of `count`."""
+    """Where a fit is: epoch `epoch` of `epochs` of a unit, or of its draft."""
 
     unit: str
-    number: int
-    count: int
     epoch: int
     epochs: int
     loss: float
@@ -60,6 +59,12 @@ class DistillJob:
     folder: Path
     dtype: str
     device: str
+    stage: Stage = Stage()
+
+    @property
+    def events(self) -> Path:
+        """Where rank 0 of the stage says how far it is."""
+        return self.folder / UNITS / f"stage-{self.stage.number}.events"
 
 
 def run_distillation(plan: Plan, folder: Path, compute: Compute, local: bool, progress: Progress) -> int:
@@ -71,36 +76,59 @@ def run_distillation(plan: Plan, folder: Path, compute: Compute, local: bool, pr
         plan=plan, folder=folder, dtype=compute.precision, device="cuda" if compute.gpus_per_worker else "cpu"
     )
     workers = compute.workers or 1
-    tell = _log_and_pass_on(progress)
+    tell = _log_and_pass_on(plan, folder, progress)
     if workers == 1 and not compute.zero_stage and not compute.gpus_per_worker:
         with _all_cores():
-            return distill(job, Alone(), PlainEngine, tell)
-    if local:
+            peak = distill(job, Alone(), PlainEngine, tell)
+    elif local:
         raise RecipeError("compute.workers: several workers, ZeRO and GPUs run on Ray; leave out --local")
-    from raymerge.run.train import train
+    else:
+        # Ray takes a second to import.
+        from raymerge.run.stages import train_stages
 
-    with _listening(folder / EVENTS, tell):
-        return train(job, workers, compute)
+        jobs = [replace(job, stage=Stage(number=n, count=compute.stages)) for n in range(compute.stages)]
+        with _listening([one.events for one in jobs], tell):
+            peak = train_stages(jobs, workers // compute.stages, compute)
+    if plan.distillation is not None and plan.distillation.keep_moved:
+        write_coefficients(plan, folder)
+    return peak
 
 
-def _log_and_pass_on(progress: Progress) -> Tell:
+def _log_and_pass_on(plan: Plan, folder: Path, progress: Progress) -> Tell:
     """One line in the log per unit, and a bar that moves with every epoch."""
-    begun, fitted = time.perf_counter(), 0
+    begun = time.perf_counter()
+    names = list(_unit_epochs(plan))
+    before = [name for name in names if (folder / UNITS / f"{name}.json").is_file()]
+    # In hundredths of a unit: units have different numbers of epochs, and stages work on several at once.
+    done: dict[str, int] = {}
+    fitted = 0
 
     def tell(at: UnitProgress) -> None:
         nonlocal fitted
-        # In hundredths of a unit: units may have different numbers of epochs.
-        done = 100 * (at.number - 1) + (100 if at.ended else 100 * at.epoch // at.epochs)
-        progress(f"fitting {at.unit}: loss {at.relative_loss:.3f} of its start", done, 100 * at.count)
+        done[at.unit] = 100 if at.ended else 100 * at.epoch // at.epochs
+        whole = 100 * len(before) + sum(done.values())
+        progress(f"fitting {at.unit}: loss {at.relative_loss:.3f} of its start", whole, 100 * len(names))
         if at.ended:
             fitted += 1
-            per_unit = (time.perf_counter() - begun) / fitted
+            to_go = (time.perf_counter() - begun) / fitted * (len(names) - len(before) - fitted)
             logger.info(
-                f"{at.unit} ({at.number} of {at.count}): loss {at.loss:.4g}, {at.relative_loss:.3f} of its start, "
-                f"{at.elapsed_seconds:.1f} s; about {per_unit * (at.count - at.number):.0f} s to go"
+                f"{at.unit} ({names.index(at.unit) + 1} of {len(names)}): loss {at.loss:.4g}, {at.relative_loss:.3f} "
+                f"of its start, {at.elapsed_seconds:.1f} s; about {to_go:.0f} s to go"
             )
 
     return tell
+
+
+def _unit_epochs(plan: Plan) -> dict[str, int]:
+    """All fits of a plan, a unit's draft apart, with their epochs."""
+    assert plan.distillation is not None
+    method = plan.calls[0].build()
+    assert isinstance(method, Prodistill)
+    units = [unit.name for unit in plan.distillation.units]
+    if not method.correction_epochs:
+        return dict.fromkeys(units, method.epochs)
+    drafts = {f"{unit}{DRAFT}": method.epochs for unit in units if unit != TAIL}
+    return drafts | dict.fromkeys(units, method.correction_epochs)
 
 
 @contextmanager
@@ -126,27 +154,26 @@ def distill(job: DistillJob, group: Group, make_engine: MakeEngine, tell: Tell) 
         batches = read_batches(plan.distillation.calibrations, _reading(plan, method, trunk))
         walk = Walk(trunk, batches, group, getattr(torch, job.dtype))
         units = PlanUnits(plan, job.folder, trunk, weights, group)
-        told = _Teller(plan, method, tell) if group.rank == 0 else None
+        told = _Teller(plan, tell) if group.rank == 0 else None
         Distiller(
-            walk, weights, units, method.fit_settings(plan.seed), make_engine, group, told or (lambda *_: None)
+            walk,
+            weights,
+            units,
+            method.fit_settings(plan.seed),
+            make_engine,
+            group,
+            told or (lambda *_: None),
+            job.stage,
+            FilePassage(job.folder, job.stage, group),
         ).run()
-        if plan.distillation.keep_moved and group.rank == 0:
-            write_coefficients(plan, job.folder, trunk, weights)
     return peak_bytes()
 
 
 class _Teller:
     """Says where a fit is, once an epoch."""
 
-    def __init__(self, plan: Plan, method: Prodistill, tell: Tell) -> None:
-        assert plan.distillation is not None
-        units = [unit.name for unit in plan.distillation.units]
-        epochs = dict.fromkeys(units, method.epochs)
-        if method.correction_epochs:
-            drafts = {f"{unit}{DRAFT}": method.epochs for unit in units if unit != TAIL}
-            epochs = drafts | dict.fromkeys(units, method.correction_epochs)
-        self._numbers = {unit: number for number, unit in enumerate(epochs, start=1)}
-        self._epochs = epochs
+    def __init__(self, plan: Plan, tell: Tell) -> None:
+        self._epochs = _unit_epochs(plan)
         self._tell = tell
         self._begun = time.perf_counter()
 
@@ -156,8 +183,6 @@ class _Teller:
         self._tell(
             UnitProgress(
                 unit=unit,
-                number=self._numbers[unit],
-                count=len(self._numbers),
                 epoch=len(losses),
                 epochs=self._epochs[unit],
                 loss=losses[-1],
@@ -184,29 +209,29 @@ def _reading(plan: Plan, method: Prodistill, trunk: Trunk) -> Reading:
 
 
 @contextmanager
-def _listening(path: Path, tell: Tell) -> Iterator[None]:
-    """Pass on what rank 0 writes to a file, while the driver waits for the workers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")
+def _listening(paths: Sequence[Path], tell: Tell) -> Iterator[None]:
+    """Pass on what rank 0 of each stage writes to its file, while the driver waits for the workers."""
     over = Event()
+    with ExitStack() as opened:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        files = [opened.enter_context(path.open()) for path in paths]
 
-    def listen() -> None:
-        with path.open() as events:
-            while True:
-                ended = over.is_set()
-                for line in events:
+        def listen() -> None:
+            ended = False
+            while not ended:
+                ended = over.wait(0.2)
+                for line in chain(*files):
                     tell(UnitProgress(**json.loads(line)))
-                if ended:
-                    return
-                over.wait(0.2)
 
-    thread = Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        thread = Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def write_event(path: Path, progress: UnitProgress) -> None:

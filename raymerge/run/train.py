@@ -1,30 +1,28 @@
 """A group of Ray Train workers that distils together; Ray restarts the group when one is lost."""
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from raymerge.distill.engine import Engine, PlainEngine
+from raymerge.distill.student import Objective
 from raymerge.errors import RayMergeError
 from raymerge.recipe.schema import Compute
-from raymerge.run.cluster import connect, require_room
-from raymerge.run.distill import EVENTS, DistillJob, UnitProgress, distill, write_event
+from raymerge.run.distill import DistillJob, UnitProgress, distill, write_event
 
 MAX_FAILURES = 3
 
 
-def train(job: DistillJob, workers: int, compute: Compute) -> int:
-    """Run `distill` on so many workers; returns the peak memory of any of them, in bytes.
+def train(job: DistillJob, workers: int, compute: Compute, node: str | None = None) -> int:
+    """Run `distill` on so many workers, all on the node of that id if one is given; returns the peak memory of any.
 
     Raises what a worker raises, or RayMergeError if workers are lost more than three times.
     """
-    connect()
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = compute.gpus_per_worker
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    require_room(num_cpus=workers * compute.cpus_per_worker, num_gpus=workers * gpus)
     with tempfile.TemporaryDirectory(prefix="raymerge-train-") as storage:
         trainer = TorchTrainer(
             _train_loop,
@@ -34,6 +32,7 @@ def train(job: DistillJob, workers: int, compute: Compute) -> int:
                 use_gpu=bool(gpus),
                 resources_per_worker=resources,
                 placement_strategy="PACK",
+                label_selector={"ray.io/node-id": node} if node else None,
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             run_config=RunConfig(
@@ -47,7 +46,7 @@ def train(job: DistillJob, workers: int, compute: Compute) -> int:
             trainer.fit()
         except ray.train.TrainingFailedError as problem:
             raise _cause(problem) from None
-    return max((int(path.read_text()) for path in _peaks(job.folder)), default=0)
+    return max((int(path.read_text()) for path in job.events.parent.glob(f"{job.events.stem}-*.peak")), default=0)
 
 
 def _cause(problem: Exception) -> Exception:
@@ -59,10 +58,6 @@ def _cause(problem: Exception) -> Exception:
         if isinstance(cause, RayMergeError):
             return cause
     return RayMergeError(f"distillation failed: {problem}")
-
-
-def _peaks(folder: Path) -> list[Path]:
-    return list((folder / EVENTS).parent.glob("rank-*.peak"))
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -77,12 +72,12 @@ def _train_loop(config: dict[str, Any]) -> None:
     group = TrainGroup()
 
     def tell(progress: UnitProgress) -> None:
-        write_event(job.folder / EVENTS, progress)
+        write_event(job.events, progress)
 
-    peak = distill(
-        job,
-        group,
-        lambda objective, lr: ZeroEngine(objective, lr, stage=compute.zero_stage, offload=compute.offload),
-        tell,
-    )
-    (job.folder / EVENTS).with_name(f"rank-{group.rank}.peak").write_text(str(peak))
+    def make_engine(objective: Objective, lr: float) -> Engine:
+        if group.size == 1 and not compute.zero_stage:
+            return PlainEngine(objective, lr)
+        return ZeroEngine(objective, lr, stage=compute.zero_stage, offload=compute.offload)
+
+    peak = distill(job, group, make_engine, tell)
+    job.events.with_name(f"{job.events.stem}-{group.rank}.peak").write_text(str(peak))

@@ -2,38 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from architectures import FAMILIES, save
-from tiny import load, save_tokenizer, words
+from architectures import FAMILIES
+from samples import make_any_family
+from tiny import load
 
 from raymerge import api
-
-
-def family(folder: Path, name: str) -> dict[str, Any]:
-    """A recipe of a base and two experts with samples of what the family reads."""
-    for seed, model in ((0, "base"), (1, "a"), (2, "b")):
-        save(name, folder / model, seed)
-        save_tokenizer(folder / model, {token: i for i, token in enumerate(words(48))})
-    generator = torch.Generator().manual_seed(5)
-    if name in ("vit", "clip_vision_model"):
-        channels = FAMILIES[name][1]["num_channels"]
-        means = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
-        config = {"image_processor_type": "ViTImageProcessor", "do_resize": False, **means}
-        (folder / "base" / "preprocessor_config.json").write_text(json.dumps(config))
-        pixels = torch.randint(0, 256, (12, 8, 8, channels), generator=generator)
-        table = pa.table({"image": pixels.squeeze(-1).tolist()})
-    else:
-        ids = [torch.randint(5, 48, (4 + i % 7,), generator=generator).tolist() for i in range(12)]
-        table = pa.table({"input_ids": ids})
-    pq.write_table(table, folder / "samples.parquet")
-    experts = {m: {"path": str(folder / m), "calibration": str(folder / "samples.parquet")} for m in ("a", "b")}
-    return {"base": str(folder / "base"), "experts": experts}
-
 
 # One of each kind: an encoder, an image model, masks that differ by block, experts within blocks, two stacks.
 QUICK = ("deberta-v2", "vit", "gemma3_text", "qwen3_moe", "t5")
@@ -43,7 +19,7 @@ QUICK = ("deberta-v2", "vit", "gemma3_text", "qwen3_moe", "t5")
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_frozen_is_task_arithmetic_and_fitted_is_nearer(name: str, tmp_path: Path) -> None:
-    asked = family(tmp_path, name)
+    asked = make_any_family(tmp_path, name)
     settings = {"coefficient": 0.4, "epochs": 0, "batch_size": 6, "max_length": 16}
     api.merge({**asked, "method": "prodistill", "settings": settings}, tmp_path / "frozen", local=True)
     expected = {**asked, "method": "task_arithmetic", "settings": {"coefficient": 0.4}}

@@ -1,0 +1,55 @@
+"""Groups of Ray Train workers, one for each stage, on nodes of their own where there are several."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from raymerge.recipe.schema import Compute
+from raymerge.run.cluster import connect, require_room, result_of
+from raymerge.run.distill import DistillJob
+from raymerge.run.train import train
+
+# Whether groups fit on single nodes shows at once; a cluster that has to grow for them may take longer.
+PLACEMENT_SECONDS = 30
+
+
+def train_stages(jobs: Sequence[DistillJob], workers: int, compute: Compute) -> int:
+    """Run one job per stage, on so many workers each; returns the peak memory of any of them, in bytes.
+
+    The first that fails ends all. Raises what a worker raises, or RayMergeError if workers are lost too often.
+    """
+    connect()
+    cpus, gpus = workers * compute.cpus_per_worker, workers * compute.gpus_per_worker
+    require_room(num_cpus=len(jobs) * cpus, num_gpus=len(jobs) * gpus)
+    if len(jobs) == 1:
+        return train(jobs[0], workers, compute)
+    nodes = _spread({"CPU": cpus, "GPU": gpus}, len(jobs))
+    # Waits for its group only, and ends with it when it is cancelled.
+    task = ray.remote(num_cpus=0, max_retries=0)(train)
+    running = [task.remote(job, workers, compute, node) for job, node in zip(jobs, nodes, strict=True)]
+    peaks: list[int] = []
+    try:
+        while running:
+            (done,), running = ray.wait(running, num_returns=1)
+            peaks.append(result_of(done))
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
+    return max(peaks)
+
+
+def _spread(needed: dict[str, float], count: int) -> list[str | None]:
+    """The ids of nodes with room for a group each, different ones if possible; None: wherever Ray finds room."""
+    if len([node for node in ray.nodes() if node["Alive"]]) == 1:
+        return [None] * count
+    bundle: dict[str, Any] = {kind: amount for kind, amount in needed.items() if amount}
+    reserved = placement_group([bundle] * count, strategy="SPREAD")
+    try:
+        if not reserved.wait(PLACEMENT_SECONDS):
+            return [None] * count
+        found = placement_group_table(reserved)["bundles_to_node_id"]
+        return [found[number] for number in range(count)]
+    finally:
+        remove_placement_group(reserved)
