@@ -95,7 +95,7 @@ def merge(
         if planned.distillation is not None:
             from raymerge.run.distill import run_distillation
 
-            peak = max(peak, run_distillation(planned, workspace.folder, loaded.compute, local, tell))
+            peak = max(peak, run_distillation(planned, workspace.folder, loaded, local, tell))
         finish_folder(planned, workspace.folder, loaded.as_written(), target.absolute().name)
         elapsed = time.perf_counter() - begun
         write_facts(

@@ -211,6 +211,7 @@ def _plan_summary(planned: "Plan") -> dict[str, Any]:
         "shards": [{"file": shard.file, "num_tensors": len(shard.tensors)} for shard in planned.shards],
         "settings": [dict(call.settings) for call in planned.calls],
         **asdict(planned.cost),
+        **({"fits_here": planned.cost.fits_here} if planned.cost.units else {}),
         "notes": list(planned.notes),
         "digest": planned.digest,
     }
@@ -258,6 +259,15 @@ def _print_units(planned: "Plan") -> None:
         shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
         table.add_row(shown, f"{parameters / 1e6:.2f} M", *(f"{size / 1e9:.2f}" for size in found))
     out_console.print(table)
+    cost = planned.cost
+    needed, here = cost.num_learners * cost.peak_bytes_per_worker / 1e9, cost.machine_bytes / 1e9
+    verdict = (
+        "it fits" if cost.fits_here else "it does not fit here: more machines, or compute.zero_stage, stages, offload"
+    )
+    out_console.print(
+        f"{cost.num_learners} workers peak at {needed:.2f} GB, this machine has {here:.2f} GB: {verdict}",
+        highlight=False,
+    )
 
 
 def _shown(value: Any) -> str:

@@ -190,7 +190,7 @@ def ours(base: Weights, delta: Delta, num_experts: int, run: Run, samples: Sampl
             span[name].add_(value.abs())
     base.clear()
     del teacher, of_expert
-    engine = PlainEngine(Objective(make_student("element", initial, [span]), run, torch.float32), 0.01)
+    engine = PlainEngine(Objective(make_student("element", initial, [span], {}), run, torch.float32), 0.01)
     return lambda number: engine.step(samples[number][1], targets[number], samples[number][1][2]) and None
 
 

@@ -48,7 +48,6 @@ def main() -> None:
             "samples": arguments.samples,
             "max_length": arguments.tokens,
             "batch_size": 2,
-            "lr": 0.1,
             "coefficient": 0.5,
         },
     }

@@ -38,6 +38,24 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "prodistill",
         {"schedule": "parallel", "epochs": 15, "correction_epochs": 5, "fit_tail": True},
     ),
+    # Ablations.
+    "prodistill, 20 epochs, tail, single inputs": (
+        "prodistill",
+        {"epochs": 20, "fit_tail": True, "inputs": "single"},
+    ),
+    "prodistill, 20 epochs, tail, per tensor": (
+        "prodistill",
+        {"epochs": 20, "fit_tail": True, "granularity": "tensor"},
+    ),
+    "prodistill, 20 epochs, tail, per block": (
+        "prodistill",
+        {"epochs": 20, "fit_tail": True, "granularity": "block"},
+    ),
+    "prodistill, 20 epochs, tail, whole": ("prodistill", {"epochs": 20, "fit_tail": True, "schedule": "whole"}),
+    "prodistill, 20 epochs, tail, whole, per task": (
+        "prodistill",
+        {"epochs": 20, "fit_tail": True, "schedule": "whole", "granularity": "task"},
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 `progressive` is the paper's algorithm. `parallel` fits every block on its teachers' own inputs, which are known in
 advance, so that stages do not wait for each other, and may correct them by a short progressive pass: an
-approximation.
+approximation. `whole` fits all blocks as one unit to the experts' outputs.
 
 A teacher's output for a block is computed once. A unit that was finished before is not fitted again.
 """
@@ -18,11 +18,12 @@ from raymerge.distill.fit import Tell, UnitFit, fit
 from raymerge.distill.settings import FitSettings
 from raymerge.distill.stages import Passage, Stage
 from raymerge.distill.student import Objective, Weights, make_student
-from raymerge.distill.walk import Path, Walk
+from raymerge.distill.walk import Part, Path, Walk
 from raymerge.models.stacks import Stack
 from raymerge.models.trunk import block_parameters, output_of
 
 TAIL = "tail"
+WHOLE = "whole"
 DRAFT = ".draft"
 """Ends the name of a unit's first fit, where it is fitted twice."""
 
@@ -94,7 +95,9 @@ class Distiller:
     def run(self) -> None:
         """Fit every block of this stage, and after the last one the tail if the settings say so."""
         corrected = self._settings.correction_epochs
-        if self._settings.schedule == "progressive":
+        if self._settings.schedule == "whole":
+            self._whole()
+        elif self._settings.schedule == "progressive":
             self._pass(self._settings.epochs)
         elif corrected == 0:
             self._pass(self._settings.epochs, on_teachers=True)
@@ -174,7 +177,8 @@ class Distiller:
 
             def samples(number: int) -> tuple[Any, Tensor, Tensor | None]:
                 part = walk.parts[number]
-                return walk.sample("student", part, block), walk.hidden("teacher", part), walk.mask(stack, part)
+                target = walk.hidden("teacher", part)
+                return walk.sample("student", part, block), target, walk.mask(stack, part, target)
 
             merged = self._fit(unit, names, run, samples, epochs, draft)
         if not on_teachers:
@@ -196,37 +200,51 @@ class Distiller:
         walk, trunk = self._walk, self._trunk
         outside = list(trunk.outside)
         student = walk.cast(self._source.initial(outside, written=True))
-        for expert in range(self._source.num_experts):
-            weights = walk.cast(self._source.of_expert(expert, outside))
-            for part in walk.parts:
-                if part.expert == expert:
-                    with torch.no_grad():
-                        output = trunk.run_tail(weights, part.inputs, walk.ends("teacher", part))
-                    walk.cache.put(f"target-{part.number}", output_of(output))
+        self._keep_targets(
+            outside, lambda weights, part: trunk.run_tail(weights, part.inputs, walk.ends("teacher", part))
+        )
 
-        def run(weights: Weights, sample: Any) -> Tensor:
-            return output_of(trunk.run_tail({**student, **weights}, *sample))
+        def run(weights: Weights, part: Part) -> Tensor:
+            return output_of(trunk.run_tail({**student, **weights}, part.inputs, walk.ends("student", part)))
 
-        def samples(number: int) -> tuple[Any, Tensor, Tensor | None]:
-            part, target = walk.parts[number], walk.cache.get(f"target-{number}")
-            mask = walk.mask(trunk.stacks[-1], part) if target.ndim == 3 else part.counted
-            return (part.inputs, walk.ends("student", part)), target, mask
-
-        working = self._working(names, run, samples)
+        working = self._working(names, run)
         if working:
-            self._fit(TAIL, working, run, samples, epochs, draft=False)
+            self._fit(TAIL, working, run, self._outputs, epochs, draft=False)
         else:
             self._sink.write(TAIL, {}, {}, UnitFit(unit=TAIL, losses=(), elapsed_seconds=0.0))
 
-    def _working(
-        self,
-        names: Sequence[str],
-        run: Callable[[Weights, Any], Tensor],
-        samples: Callable[[int], tuple[Any, Tensor, Tensor | None]],
-    ) -> list[str]:
+    def _whole(self) -> None:
+        trunk = self._trunk
+        blocks = [n for stack in trunk.stacks for block in range(stack.num_blocks) for n in self._names(stack, block)]
+        outside = list(trunk.outside)
+        if self._sink.load(WHOLE, blocks) is not None:
+            return
+        student = self._walk.cast(self._source.initial(outside, written=True))
+        self._keep_targets([*outside, *blocks], lambda weights, part: trunk.run(weights, part.inputs))
+
+        def run(weights: Weights, part: Part) -> Tensor:
+            return output_of(trunk.run({**student, **weights}, part.inputs))
+
+        names = blocks + (trunk.tail if self._settings.fit_tail else [])
+        self._fit(WHOLE, self._working(names, run), run, self._outputs, self._settings.epochs, draft=False)
+
+    def _keep_targets(self, names: Sequence[str], output: Callable[[Weights, Part], Any]) -> None:
+        """Keep what each expert gives out for its own samples."""
+        for expert in range(self._source.num_experts):
+            weights = self._walk.cast(self._source.of_expert(expert, names))
+            for part in self._walk.parts:
+                if part.expert == expert:
+                    with torch.no_grad():
+                        self._walk.cache.put(f"target-{part.number}", output_of(output(weights, part)))
+
+    def _outputs(self, number: int) -> tuple[Part, Tensor, Tensor | None]:
+        part, target = self._walk.parts[number], self._walk.cache.get(f"target-{number}")
+        return part, target, self._walk.mask(self._trunk.stacks[-1], part, target)
+
+    def _working(self, names: Sequence[str], run: Callable[[Weights, Part], Tensor]) -> list[str]:
         """The parameters that the output depends on: some families define after the blocks what works before."""
         weights = {n: w.requires_grad_() for n, w in self._walk.cast(self._source.initial(names)).items()}
-        output = run(weights, samples(0)[0])
+        output = run(weights, self._walk.parts[0])
         if not output.requires_grad:
             return []
         found = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
@@ -244,7 +262,10 @@ class Distiller:
         settings, device = self._settings, self._trunk.device
         deltas = self._source.deltas(names, summed=settings.granularity == "element")
         student = make_student(
-            settings.granularity, _on(device, self._source.initial(names)), [_on(device, delta) for delta in deltas]
+            settings.granularity,
+            _on(device, self._source.initial(names)),
+            [_on(device, delta) for delta in deltas],
+            {name: self._block_of(name) for name in names},
         ).to(device)
         begun = self._sink.draft(unit)
         if begun is not None:
@@ -266,6 +287,10 @@ class Distiller:
             return {}
         with torch.no_grad():
             return self._sink.write(unit, student(), student.moved(), found)
+
+    def _block_of(self, name: str) -> str:
+        prefixes = (s.parameter_prefix(block) for s in self._trunk.stacks for block in range(s.num_blocks))
+        return next((prefix for prefix in prefixes if name.startswith(prefix)), TAIL)
 
     def _names(self, stack: Stack, block: int) -> list[str]:
         return [f"{stack.parameter_prefix(block)}{name}" for name in self._trunk.parameters_of(stack, block)]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Granularity = Literal["element", "tensor", "block"]
+Granularity = Literal["element", "tensor", "block", "task"]
 Inputs = Literal["dual", "single"]
-Schedule = Literal["progressive", "parallel"]
+Schedule = Literal["progressive", "parallel", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,49 +66,51 @@ class ElementStudent(Student):
 
 
 class ScalarStudent(Student):
-    """A coefficient for each tensor, or one for the block: trains E numbers each, and holds all task vectors."""
+    """A coefficient for each group of parameters: trains E numbers each, and holds all task vectors."""
 
-    def __init__(self, initial: Weights, deltas: Sequence[Weights], shared: bool) -> None:
+    def __init__(self, initial: Weights, deltas: Sequence[Weights], groups: Mapping[str, str]) -> None:
         super().__init__()
-        self._names = tuple(initial)
-        self._shared = shared
         self._initial = dict(initial)
         self._deltas = tuple(dict(delta) for delta in deltas)
-        rows = 1 if shared else len(self._names)
-        self.register_parameter("rows", nn.Parameter(torch.zeros(rows, len(deltas))))
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
+        self._row_of = {name: numbers[groups[name]] for name in initial}
+        self.register_parameter("rows", nn.Parameter(torch.zeros(len(numbers), len(deltas))))
 
-    def _row(self, number: int) -> Tensor:
+    def _row(self, name: str) -> Tensor:
         rows: Tensor = self.get_parameter("rows")
-        return rows[0 if self._shared else number]
+        return rows[self._row_of[name]]
 
     def forward(self) -> dict[str, Tensor]:
         found = {}
-        for number, name in enumerate(self._names):
-            row = self._row(number)
-            merged = self._initial[name]
+        for name, merged in self._initial.items():
+            row = self._row(name)
             for expert, delta in enumerate(self._deltas):
                 merged = merged + row[expert] * delta[name]
             found[name] = merged
         return found
 
     def moved(self) -> dict[str, Tensor]:
-        return {name: self._row(number).detach() for number, name in enumerate(self._names)}
+        return {name: self._row(name).detach() for name in self._initial}
 
     @torch.no_grad()
     def move_to(self, moved: Weights) -> None:
-        for number, name in enumerate(self._names):
-            self._row(number).copy_(moved[name])
+        for name in self._initial:
+            self._row(name).copy_(moved[name])
 
 
-def make_student(granularity: Granularity, initial: Weights, deltas: Sequence[Weights]) -> Student:
+def make_student(
+    granularity: Granularity, initial: Weights, deltas: Sequence[Weights], blocks: Mapping[str, str]
+) -> Student:
     """A student that starts at the merged parameters `initial`.
 
     `deltas` are the experts' task vectors; with element-wise coefficients the one sum of their absolute values.
+    `blocks` names the block of each parameter.
     """
-    if granularity != "element":
-        return ScalarStudent(initial, deltas, shared=granularity == "block")
-    (span,) = deltas
-    return ElementStudent(initial, span)
+    if granularity == "element":
+        (span,) = deltas
+        return ElementStudent(initial, span)
+    groups = {"tensor": {name: name for name in initial}, "block": blocks, "task": dict.fromkeys(initial, "all")}
+    return ScalarStudent(initial, deltas, groups[granularity])
 
 
 class Objective(nn.Module):

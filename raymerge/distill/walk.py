@@ -126,9 +126,9 @@ class Walk:
         """The hidden states at the end of each stack that was left."""
         return {name: self.cache.get(f"{path}-{part.number}-end-{name}") for name in self._left}
 
-    def mask(self, stack: Stack, part: Part) -> Tensor | None:
-        """Which tokens (B, T), or rows (B,), of a part count; None: all."""
-        mask = pad_mask(part.inputs, self.hidden("teacher", part), is_decoder=stack.name.startswith("decoder"))
+    def mask(self, stack: Stack, part: Part, target: Tensor) -> Tensor | None:
+        """Which tokens (B, T), or rows (B,), of a part's target count; None: all."""
+        mask = pad_mask(part.inputs, target, is_decoder=stack.name.startswith("decoder")) if target.ndim == 3 else None
         if part.counted is None:
             return mask
         return part.counted if mask is None else mask * part.counted[:, None].to(mask.dtype)

@@ -15,7 +15,7 @@ from raymerge.errors import CheckpointError, RecipeError, nearest
 from raymerge.evaluate.metrics import perplexity, score_classes
 from raymerge.evaluate.rows import open_rows
 from raymerge.learn.batches import tokenise
-from raymerge.learn.images import decode_image
+from raymerge.learn.images import to_pixels
 from raymerge.models import heads, load
 
 if TYPE_CHECKING:
@@ -124,17 +124,14 @@ def _predict_images(
 ) -> tuple[int, list[int]]:
     """The number of classes, and each row's class."""
     where = f"evaluate.{task.task}"
+    place = f"{where}: {task.data}: column {task.image!r}"
     processor = load.load_image_processor(model)
     num_channels = getattr(network.config, "num_channels", 3)
     (cells,) = columns
     predictions: list[int] = []
     num_classes = 0
     for first in range(0, len(cells), task.batch_size):
-        images = [
-            decode_image(cell, num_channels, f"{where}: {task.data}: column {task.image!r}, row {first + i}")
-            for i, cell in enumerate(cells[first : first + task.batch_size])
-        ]
-        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        pixels = to_pixels(processor, cells[first : first + task.batch_size], num_channels, place, first)
         inputs = {"pixel_values": pixels.to(device=network.device, dtype=network.dtype)}
         logits = _class_logits(network, inputs, model, where)
         num_classes = logits.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raymerge.errors import RecipeError
 from raymerge.learn.batches import TokenRows, tokenise
-from raymerge.learn.images import decode_image
+from raymerge.learn.images import to_pixels
 from raymerge.learn.rows import Fits, Rows, is_image, is_list_of_integers, is_list_of_messages, is_text
 from raymerge.ops.randomness import seeded
 
@@ -126,11 +126,8 @@ def _as_text(messages: Any, tokenizer: Any, where: str) -> str:
 def _read_images(cells: Sequence[Any], calibration: Calibration, reading: Reading) -> list[dict[str, Tensor]]:
     num_channels = getattr(reading.config, "num_channels", 3)
     place = f"experts.{calibration.expert}.calibration: {calibration.data}: column 'image'"
-    batches = []
-    for first in range(0, len(cells), reading.batch_size):
-        images = [
-            decode_image(cell, num_channels, f"{place}, row {first + i}")
-            for i, cell in enumerate(cells[first : first + reading.batch_size])
-        ]
-        batches.append({"pixel_values": reading.image_processor(images, return_tensors="pt")["pixel_values"]})
-    return batches
+    size = reading.batch_size
+    return [
+        {"pixel_values": to_pixels(reading.image_processor, cells[at : at + size], num_channels, place, at)}
+        for at in range(0, len(cells), size)
+    ]

@@ -5,10 +5,12 @@ pixels as nested lists of whole numbers 0 to 255: (H, W), (H, W, C) or (C, H, W)
 """
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from raymerge.errors import RecipeError
 
@@ -19,6 +21,23 @@ def decode_image(cell: Any, num_channels: int, where: str) -> Image.Image:
         cell = cell.get("bytes")
     image = _from_bytes(cell, where) if isinstance(cell, bytes) else _from_pixels(cell, where)
     return image.convert("L" if num_channels == 1 else "RGB")
+
+
+def to_pixels(processor: Any, cells: Sequence[Any], num_channels: int, where: str, first: int) -> Tensor:
+    """What a model reads of some cells, (B, C, H, W); `first` is the number of the first one's row.
+
+    Raises RecipeError if one is no image, or if the processor refuses them.
+    """
+    images = [decode_image(cell, num_channels, f"{where}, row {first + i}") for i, cell in enumerate(cells)]
+    try:
+        pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    except ValueError as problem:
+        sizes = ", ".join(sorted({f"{image.width} x {image.height}" for image in images}))
+        raise RecipeError(
+            f"{where}: the model's image processor refuses images of {sizes}: {problem}; one size is expected where it "
+            f"does not resize"
+        ) from None
+    return pixels
 
 
 def _from_bytes(encoded: bytes, where: str) -> Image.Image:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from raymerge.distill.settings import FitSettings
+from raymerge.distill.settings import FitSettings, Granularity, Inputs, Schedule
 from raymerge.methods.base import LearnedMethod, PerExpert, per_expert, require
 from raymerge.ops.consensus import plain_sum
 
@@ -20,14 +20,15 @@ class Prodistill(LearnedMethod):
     coefficient: PerExpert = per_expert(default=0.3)
     """What all of an expert's coefficients are at the start, and what merges everything around the blocks."""
 
-    granularity: Literal["element", "tensor", "block"] = "element"
-    """One coefficient per expert for each element, each tensor, or each block."""
+    granularity: Granularity = "element"
+    """One coefficient per expert for each element, tensor or block, or (task) one for all that is fitted."""
 
-    inputs: Literal["dual", "single"] = "dual"
+    inputs: Inputs = "dual"
     """Teachers read what their own expert gives them (dual), or what the merged model does (single, an ablation)."""
 
-    schedule: Literal["progressive", "parallel"] = "progressive"
-    """Block after block, as published; or all blocks at once on their teachers' inputs, an approximation."""
+    schedule: Schedule = "progressive"
+    """Block after block, as published; parallel: every block on its teachers' inputs, an approximation; whole: all
+    blocks as one on the experts' outputs alone (an ablation), for models that fit in memory."""
 
     epochs: int = 50
     """Passes over the samples per block; 0 leaves the coefficients as they are."""
@@ -70,7 +71,11 @@ class Prodistill(LearnedMethod):
         require(0 <= self.plateau < 1, f"settings.plateau: found {self.plateau}; 0 or more and below 1 is expected")
         require(
             self.schedule == "parallel" or not self.correction_epochs,
-            "settings.correction_epochs: corrects schedule: parallel; progressive needs none",
+            "settings.correction_epochs: corrects schedule: parallel; the others need none",
+        )
+        require(
+            self.schedule == "whole" or self.granularity != "task",
+            "settings.granularity: task spans all blocks, which are fitted apart; set schedule: whole",
         )
 
     def merge(self, base: Tensor | None, experts: Sequence[Tensor], *more: Any) -> Tensor:

@@ -68,13 +68,20 @@ class _Recorder(nn.Module):
             return getattr(super().__getattribute__("_held")[0], name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._held[1].called(*self._place, arguments, keywords)
+        block, tape = self._held
+        if tape.weights is not None:
+            return functional_call(block, block_parameters(*self._place, tape.weights), arguments, keywords)
+        return tape.called(*self._place, arguments, keywords)
 
 
 class _Tape:
-    """What the recorders of a trunk do during one forward: `wanted` is recorded, stacks in `done` return their end."""
+    """What the recorders of a trunk do during one forward: `wanted` is recorded, stacks in `done` return their end.
+
+    With `weights`, by their names in the trunk, the blocks themselves run.
+    """
 
     def __init__(self) -> None:
+        self.weights: Mapping[str, Tensor] | None = None
         self.wanted: Stack | None = None
         self.done: Mapping[str, Tensor] = {}
         self.num_handed: Mapping[str, int] = {}
@@ -191,6 +198,15 @@ class Trunk:
         """The trunk's output when all stacks have ended in `done`."""
         with self._taping(None, done):
             return functional_call(self.model, dict(weights), (), dict(inputs))
+
+    def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
+        """The trunk's output with all of its blocks; `weights` are all parameters, by their names in the trunk."""
+        self._tape.weights = weights
+        try:
+            outside = {name: weights[name] for name in self.outside}
+            return functional_call(self.model, outside, (), dict(inputs))
+        finally:
+            self._tape.weights = None
 
     @property
     def tail(self) -> list[str]:

@@ -130,6 +130,8 @@ class _Planner:
                 peak_bytes_per_worker=peak,
                 baseline_bytes=memory.baseline_bytes(),
                 units=unit_costs,
+                num_learners=(self.recipe.compute.workers or 1) if learning else 0,
+                machine_bytes=memory.machine_bytes(),
             ),
             distillation=learning.finish(files, any(c.is_sketch for c in self.checkpoints.values()))
             if learning

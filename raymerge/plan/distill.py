@@ -6,7 +6,7 @@ Sizes come from the model's skeleton, so a model's `config.json` is enough to sa
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raymerge.distill.schedule import TAIL
+from raymerge.distill.schedule import TAIL, WHOLE
 from raymerge.errors import MemoryBudgetError, RecipeError
 from raymerge.learn.calibration import find_calibration
 from raymerge.methods.base import is_per_expert, setting_fields
@@ -28,8 +28,9 @@ class LearningPlanner:
         if recipe.slices is not None:
             raise RecipeError("slices: prodistill fits whole models; leave slices out")
         self.trunk = Trunk(config, self.method.blocks or None)
-        _check_compute(recipe.compute, sum(stack.num_blocks for stack in self.trunk.stacks))
-        self._sizes = _unit_parameters(self.trunk, self.method.fit_tail)
+        whole = self.method.schedule == "whole"
+        _check_compute(recipe.compute, 1 if whole else sum(stack.num_blocks for stack in self.trunk.stacks))
+        self._sizes = _unit_parameters(self.trunk, self.method)
         owner = {parameter: unit for unit, sizes in self._sizes.items() for parameter in sizes}
         self._unit_of = {}
         for tensor in tensors:
@@ -120,7 +121,7 @@ def _check_compute(compute: Compute, num_blocks: int) -> None:
     if compute.offload and not compute.zero_stage:
         raise RecipeError("compute.offload: DeepSpeed offloads what it shards; set compute.zero_stage to 1, 2 or 3")
     if compute.stages > num_blocks:
-        raise RecipeError(f"compute.stages: found {compute.stages}; the model has {num_blocks} blocks to share out")
+        raise RecipeError(f"compute.stages: found {compute.stages}; there are {num_blocks} blocks to share out")
     if (compute.workers or 1) % compute.stages:
         raise RecipeError(
             f"compute.stages: found {compute.stages}, which does not divide compute.workers: {compute.workers or 1}; "
@@ -128,7 +129,7 @@ def _check_compute(compute: Compute, num_blocks: int) -> None:
         )
 
 
-def _unit_parameters(trunk: Trunk, fit_tail: bool) -> dict[str, dict[str, int]]:
+def _unit_parameters(trunk: Trunk, method: Prodistill) -> dict[str, dict[str, int]]:
     """Elements of each parameter of each unit, in the order they are fitted."""
     found: dict[str, dict[str, int]] = {}
     for stack in trunk.stacks:
@@ -136,8 +137,10 @@ def _unit_parameters(trunk: Trunk, fit_tail: bool) -> dict[str, dict[str, int]]:
             prefix = stack.parameter_prefix(block)
             parameters = trunk.parameters_of(stack, block)
             found[f"{stack.name}.{block}"] = {f"{prefix}{name}": value.numel() for name, value in parameters.items()}
-    if fit_tail:
+    if method.fit_tail:
         found[TAIL] = {name: trunk.outside[name].numel() for name in trunk.tail}
+    if method.schedule == "whole":
+        return {WHOLE: {name: size for sizes in found.values() for name, size in sizes.items()}}
     return found
 
 

@@ -54,6 +54,11 @@ def baseline_of_learning() -> int:
     return baseline_bytes() + LEARNING_BYTES
 
 
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return int(psutil.virtual_memory().total)
+
+
 def working_bytes(tensor: PlannedTensor, method: TensorMethod | None) -> int:
     """Memory that merging a tensor takes beside what is held: inputs of one chunk and the method's copies."""
     size = tensor.num_elements

@@ -118,13 +118,23 @@ class UnitCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What executing the plan takes, in bytes; `units`: of what is learned."""
+    """What executing the plan takes, in bytes; `units`: of what is learned, by `num_learners` workers at once.
+
+    `machine_bytes` is the memory of the machine that planned.
+    """
 
     bytes_read: int
     bytes_written: int
     peak_bytes_per_worker: int
     baseline_bytes: int
     units: tuple[UnitCost, ...] = ()
+    num_learners: int = 0
+    machine_bytes: int = 0
+
+    @property
+    def fits_here(self) -> bool:
+        """All workers that learn have room on the machine that planned."""
+        return self.num_learners * self.peak_bytes_per_worker <= self.machine_bytes
 
     def local_peak_bytes(self, threads: int) -> int:
         """Peak of one process that works on `threads` shards at once."""

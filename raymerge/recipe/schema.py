@@ -95,6 +95,7 @@ class Output(Part):
     )
     heads: list[str] = Field(default_factory=list, description="modules kept per expert though they would fit")
     coefficients: bool = Field(default=False, description="write learned coefficients, one model's size per expert")
+    tensorboard: bool = Field(default=False, description="write losses as TensorBoard event files too, as they come")
     missing: Literal["error", "base", "skip"] = Field(
         default="error",
         description="a tensor an expert does not have: refuse, take the base's, or merge without the expert",

@@ -29,7 +29,7 @@ from raymerge.plan.passage import FilePassage
 from raymerge.plan.schema import Plan
 from raymerge.plan.units import UNITS, PlanUnits, write_coefficients
 from raymerge.plan.weights import PlanWeights
-from raymerge.recipe.schema import Compute
+from raymerge.recipe.schema import Compute, Recipe
 from raymerge.run.merge import Progress
 
 logger = logging.getLogger("raymerge")
@@ -67,31 +67,51 @@ class DistillJob:
         return self.folder / UNITS / f"stage-{self.stage.number}.events"
 
 
-def run_distillation(plan: Plan, folder: Path, compute: Compute, local: bool, progress: Progress) -> int:
+def run_distillation(plan: Plan, folder: Path, recipe: Recipe, local: bool, progress: Progress) -> int:
     """Fit all units of a plan that are not finished, below `folder`; returns the peak memory of any rank, in bytes.
 
     Raises LearningError if a fit diverges, RayMergeError if workers are lost too often.
     """
+    with ExitStack() as stack:
+        tell = _log_and_pass_on(plan, folder, progress)
+        if recipe.output.tensorboard:
+            tell = stack.enter_context(_to_tensorboard(folder, tell))
+        peak = _run(plan, folder, recipe.compute, local, tell)
+    if plan.distillation is not None and plan.distillation.keep_moved:
+        write_coefficients(plan, folder)
+    return peak
+
+
+def _run(plan: Plan, folder: Path, compute: Compute, local: bool, tell: Tell) -> int:
     job = DistillJob(
         plan=plan, folder=folder, dtype=compute.precision, device="cuda" if compute.gpus_per_worker else "cpu"
     )
     workers = compute.workers or 1
-    tell = _log_and_pass_on(plan, folder, progress)
     if workers == 1 and not compute.zero_stage and not compute.gpus_per_worker:
         with _all_cores():
-            peak = distill(job, Alone(), PlainEngine, tell)
-    elif local:
+            return distill(job, Alone(), PlainEngine, tell)
+    if local:
         raise RecipeError("compute.workers: several workers, ZeRO and GPUs run on Ray; leave out --local")
-    else:
-        # Ray takes a second to import.
-        from raymerge.run.stages import train_stages
+    # Ray takes a second to import.
+    from raymerge.run.stages import train_stages
 
-        jobs = [replace(job, stage=Stage(number=n, count=compute.stages)) for n in range(compute.stages)]
-        with _listening([one.events for one in jobs], tell):
-            peak = train_stages(jobs, workers // compute.stages, compute)
-    if plan.distillation is not None and plan.distillation.keep_moved:
-        write_coefficients(plan, folder)
-    return peak
+    jobs = [replace(job, stage=Stage(number=n, count=compute.stages)) for n in range(compute.stages)]
+    with _listening([one.events for one in jobs], tell):
+        return train_stages(jobs, workers // compute.stages, compute)
+
+
+@contextmanager
+def _to_tensorboard(folder: Path, tell: Tell) -> Iterator[Tell]:
+    """Also write every loss to `raymerge/tensorboard/`, a curve per unit."""
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder / "raymerge" / "tensorboard")) as writer:
+
+        def tell_both(at: UnitProgress) -> None:
+            writer.add_scalar(f"loss/{at.unit}", at.loss, at.epoch)
+            tell(at)
+
+        yield tell_both
 
 
 def _log_and_pass_on(plan: Plan, folder: Path, progress: Progress) -> Tell:

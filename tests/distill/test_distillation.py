@@ -70,7 +70,17 @@ def test_stopped_after_any_unit_it_goes_on(tmp_path: Path, schedule: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"coefficient": [0.2, 0.5]}, {"granularity": "tensor"}, {"granularity": "block"}], ids=str
+    "settings",
+    [
+        {},
+        {"coefficient": [0.2, 0.5]},
+        {"granularity": "tensor"},
+        {"granularity": "block"},
+        {"schedule": "whole"},
+        {"schedule": "whole", "granularity": "block"},
+        {"schedule": "whole", "granularity": "task"},
+    ],
+    ids=str,
 )
 def test_coefficients_give_the_merge(tmp_path: Path, settings: dict[str, Any]) -> None:
     asked = make_family(tmp_path, **settings) | {"output": {"coefficients": True}}
@@ -87,6 +97,9 @@ def test_coefficients_give_the_merge(tmp_path: Path, settings: dict[str, Any]) -
         assert torch.allclose(merged[name], expected, atol=1e-6)
     starts = torch.tensor(settings.get("coefficient", [0.3]))
     assert any(float((value.flatten()[0] - starts).abs().min()) > 1e-3 for value in found.values())
+    different = {round(float(value), 6) for key, value in found.items() if key.startswith("a.") and value.ndim == 0}
+    blocks = {"block": 3, "task": 1}.get(settings.get("granularity", ""), len(different))
+    assert len(different) == blocks
 
 
 @pytest.mark.parametrize(
@@ -97,6 +110,7 @@ def test_coefficients_give_the_merge(tmp_path: Path, settings: dict[str, Any]) -
         {"inputs": "single"},
         {"schedule": "parallel"},
         {"schedule": "parallel", "correction_epochs": 2},
+        {"schedule": "whole", "fit_tail": False},
         {"fit_tail": False},
         {"coefficient": [0.2, 0.5]},
     ],
@@ -114,6 +128,32 @@ def test_other_ways(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert {name for name in ours if name.startswith("embeddings.")} <= same
     assert any(name.startswith("pooler") for name in same) == (settings.get("fit_tail") is False)
     assert not any(name.endswith("output.dense.weight") for name in same)
+
+
+def test_a_task_wise_coefficient_spans_all_blocks(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="settings.granularity: task spans all blocks.* set schedule: whole"):
+        api.plan(make_family(tmp_path, granularity="task"))
+    planned = api.plan(make_family(tmp_path, granularity="task", schedule="whole"))
+    assert [unit.name for unit in planned.cost.units] == ["whole"]
+
+
+def test_tensorboard_files(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    asked = make_family(tmp_path) | {"output": {"tensorboard": True}}
+    api.merge(asked, tmp_path / "out", local=True)
+    (file,) = (tmp_path / "out" / "raymerge" / "tensorboard").iterdir()
+    found: dict[str, list[float]] = {}
+    data, at = file.read_bytes(), 0
+    # Records: eight bytes of length, four of checksum, the event, four of checksum.
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append(value.simple_value)
+        at += 12 + size + 4
+    for unit in units_of(tmp_path / "out"):
+        assert found[f"loss/{unit['unit']}"] == pytest.approx(unit["losses"], rel=1e-5)
 
 
 def test_bfloat16_blocks(tmp_path: Path) -> None:

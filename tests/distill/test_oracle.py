@@ -100,7 +100,7 @@ def ours(block: dict[str, Any], lr: float) -> tuple[list[float], dict[str, Tenso
     base, deltas = block["base"], block["deltas"]
     initial = {name: value + START * sum(delta[name] for delta in deltas) for name, value in base.items()}
     span = {name: sum(delta[name].abs() for delta in deltas) for name in base}
-    student = make_student("element", initial, [span])
+    student = make_student("element", initial, [span], {})
     engine = PlainEngine(Objective(student, block["run"], torch.float64), lr)
     losses = [engine.step(*sample(block, step)) for step in range(STEPS)]
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_number_per_tensor_or_block(block: dict[str, Any], granularity: str) -
     """Against autograd over plain numbers."""
     base, deltas = block["base"], block["deltas"]
     initial = {name: value + START * sum(delta[name] for delta in deltas) for name, value in base.items()}
-    student = make_student(granularity, initial, deltas)
+    student = make_student(granularity, initial, deltas, dict.fromkeys(initial, "block"))
     engine = PlainEngine(Objective(student, block["run"], torch.float64), 0.01)
     losses = [engine.step(*sample(block, step)) for step in range(20)]
     rows = {name: torch.full((NUM_EXPERTS,), START, dtype=torch.float64).requires_grad_() for name in base}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import python
 from safetensors.torch import load_file
 from samples import make_any_family, make_family
 from tiny import load
@@ -17,6 +18,25 @@ from raymerge.errors import RecipeError
 from raymerge.models.stacks import Stack
 from raymerge.plan.units import UNITS
 from raymerge.run.distill import DistillJob, distill
+
+TWO_NODES = """
+import json
+from pathlib import Path
+
+import ray
+from ray._private import state
+from ray.cluster_utils import Cluster
+
+from raymerge import api
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+api.merge(json.loads(Path("recipe.yml").read_text()), "out")
+workers = [actor for actor in state.actors().values() if actor["ActorClassName"].startswith("RayTrainWorker")]
+print(len({worker["Address"]["NodeID"] for worker in workers}), "nodes")
+"""
 
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -62,7 +82,7 @@ def test_every_block_has_one_stage() -> None:
 @pytest.mark.parametrize(
     ("compute", "said"),
     [
-        ({"workers": 3, "stages": 3}, "compute.stages: found 3; the model has 2 blocks"),
+        ({"workers": 3, "stages": 3}, "compute.stages: found 3; there are 2 blocks"),
         ({"workers": 3, "stages": 2}, "compute.stages: found 2, which does not divide compute.workers: 3"),
         ({"stages": 2}, "compute.stages: found 2, which does not divide compute.workers: 1"),
     ],
@@ -84,3 +104,12 @@ def test_stages_at_once(schedule: dict[str, Any], tmp_path: Path) -> None:
     facts = [json.loads((tmp_path / out / "raymerge" / "run.json").read_text())["units"] for out in ("alone", "staged")]
     for ours, theirs in zip(*facts, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_stages_lie_on_different_nodes(tmp_path: Path) -> None:
+    asked = {**make_family(tmp_path), "compute": {"workers": 2, "stages": 2}}
+    (tmp_path / "recipe.yml").write_text(json.dumps(asked))
+    found = python(TWO_NODES, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip().endswith("2 nodes")

@@ -89,3 +89,16 @@ def test_experts_keep_apart(tmp_path: Path) -> None:
     batches = read_batches([find_calibration("a", data), find_calibration("b", data)], reading(tmp_path))
     assert [batch.expert for batch in batches] == [0, 0, 0, 1, 1, 1]
     assert all(torch.equal(b.inputs["attention_mask"], torch.ones_like(b.inputs["input_ids"])) for b in batches)
+
+
+def test_images_of_different_sizes(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    data = write(tmp_path, image=[[[0, 1], [2, 3]], [[0, 1, 2], [3, 4, 5]]])
+    processor = ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5])
+    config = Config(num_channels=1)
+    asked = Reading(
+        config=config, tokenizer=None, image_processor=processor, samples=8, max_length=6, batch_size=3, seed=0
+    )
+    with pytest.raises(RecipeError, match="column 'image': the model's image processor refuses images of 2 x 2, 3 x 2"):
+        read_batches([find_calibration("a", data)], asked)

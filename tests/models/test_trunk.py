@@ -48,6 +48,9 @@ def test_block_by_block_is_the_model(family: str, tmp_path: Path) -> None:
         if ours.ndim == 3 and seen.ndim == 2:
             ours, theirs = ours[seen], theirs[seen]
         assert torch.allclose(ours, theirs, atol=2e-6), (key, (ours - theirs).abs().max())
+    with torch.no_grad():
+        at_once = trunk.run(parameters, inputs)
+    assert torch.allclose(output_of(at_once), output_of(found), atol=2e-6)
     assert output_of(found).isfinite().all()
     assert isinstance(flow, Flow)
 
