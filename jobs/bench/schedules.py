@@ -2,8 +2,8 @@
 
     python jobs/bench/schedules.py RECIPE FOLDER
 
-RECIPE has an `evaluate` section. Times on several nodes are simulated: from the seconds of every fit here, each stage on
-a machine like this one, handing on the samples taking no time. The corrected schedule splits the epochs 3 to 1.
+RECIPE has an `evaluate` section. Times on several nodes are simulated from the seconds of every fit here: each stage
+on a machine like this one, handing on the samples in no time. The corrected schedule splits the epochs 3 to 1.
 """
 
 import argparse

@@ -62,33 +62,48 @@ def load_with_head(trunk: str, owner: str) -> "PreTrainedModel":
 
 def _assemble(trunk: Checkpoint, owner: Checkpoint, names: tuple[str, ...]) -> "PreTrainedModel":
     """A model of the owner's kind: the tensors `names` from the owner, all others from the trunk."""
-    from safetensors import SafetensorError
-
-    cls = architecture(owner.config, str(owner.location))
     prefix = base_model_prefix(owner.config)
     replaced = {_core(name, prefix) for name in names}
     kept = [name for name in trunk.tensors if _core(name, prefix) not in replaced]
+    return assemble(_read(trunk, kept), trunk.config, str(trunk.location), owner, names)
+
+
+def assemble(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    where: str,
+    owner: Checkpoint | None = None,
+    names: tuple[str, ...] = (),
+) -> "PreTrainedModel":
+    """A model in eval mode from tensors in memory, and those called `names` of the checkpoint `owner`.
+
+    `config` is that of the tensors; the owner's says of what kind the model is. Raises CheckpointError.
+    """
+    from safetensors import SafetensorError
+
+    kind = config if owner is None else owner.config
+    cls = architecture(kind, where)
+    said = f"{where} with the head of {owner.location}" if owner else where
     try:
-        config = cls.config_class.from_dict(dict(owner.config))
-        _adopt_vocabulary(config, trunk.config)
+        settings = cls.config_class.from_dict(dict(kind))
+        _adopt_vocabulary(settings, config)
         # from_pretrained adds or removes the prefix tensor by tensor, and knows names of older versions.
-        tensors = _read(trunk, kept) | _read(owner, names)
+        state = {**tensors, **(_read(owner, names) if owner else {})}
         with quiet():
             model, info = cls.from_pretrained(
-                None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
+                None, config=settings, state_dict=state, dtype="auto", output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-        raise CheckpointError(
-            f"{trunk.location}: does not fit {cls.__name__} with the head of {owner.location}: {problem}"
-        ) from None
-    require_complete(model, list(info["missing_keys"]), f"{trunk.location} with the head of {owner.location}")
+        raise CheckpointError(f"{said}: does not fit {cls.__name__}: {problem}") from None
+    require_complete(model, list(info["missing_keys"]), said)
     unused = sorted(set(info["unexpected_keys"]) & set(names))
-    if unused:
+    if unused and owner is not None:
         raise CheckpointError(
             f"{owner.location}: {cls.__name__} has no place for {', '.join(unused[:5])}; a config.json that fits "
             f"the tensors is expected"
         )
-    return model.eval()
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def _adopt_vocabulary(config: Any, trunk: Mapping[str, Any]) -> None:

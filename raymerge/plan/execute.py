@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.reader import Reader, is_finite, open_reader
-from raymerge.checkpoint.writer import ShardWriter, open_shard
+from raymerge.checkpoint.writer import open_shard
 from raymerge.errors import NonFiniteTensor, RayMergeError
 from raymerge.methods.base import StatisticsMethod, TensorMethod, begin, shaped
 from raymerge.ops.randomness import Draws
@@ -39,6 +39,12 @@ class ShardReport:
     peak_bytes: int
 
 
+class Writer(Protocol):
+    """Takes entries of tensors, range by range."""
+
+    def write(self, name: str, first: int, entries: Tensor) -> None: ...
+
+
 def merge_shard(
     job: ShardJob, folder: Path, known: Any = None, fitted: Mapping[str, Tensor] | None = None
 ) -> ShardReport:
@@ -50,15 +56,8 @@ def merge_shard(
     """
     begun = time.perf_counter()
     layout = [(tensor.name, DTYPES[tensor.dtype], tensor.shape) for tensor in job.shard.tensors]
-    methods = {number: call.build() for number, call in job.calls.items()}
     with open_reader(job.locations) as reader, open_shard(folder / job.shard.file, layout) as writer:
-        for tensor in job.shard.tensors:
-            if fitted is not None and tensor.name in fitted:
-                _write_fitted(tensor, fitted[tensor.name], writer)
-            elif tensor.call is None:
-                _copy(tensor, reader, writer)
-            else:
-                _merge(_Stream(tensor, methods[tensor.call], reader, job), writer, known)
+        _merge_all(job, reader, writer, known, fitted or {})
         bytes_read = reader.bytes_read
     return ShardReport(
         file=job.shard.file,
@@ -67,6 +66,37 @@ def merge_shard(
         elapsed_seconds=time.perf_counter() - begun,
         peak_bytes=peak_bytes(),
     )
+
+
+def merge_into(tensors: Mapping[str, Tensor], job: ShardJob, known: Any = None) -> None:
+    """Merge a shard into tensors that are there, by name, with the dtypes of the plan: the bytes of the file.
+
+    Raises as `merge_shard` does; tensors may then be half changed.
+    """
+    with open_reader(job.locations) as reader:
+        _merge_all(job, reader, _MemoryWriter(tensors), known, {})
+
+
+def _merge_all(job: ShardJob, reader: Reader, writer: Writer, known: Any, fitted: Mapping[str, Tensor]) -> None:
+    methods = {number: call.build() for number, call in job.calls.items()}
+    for tensor in job.shard.tensors:
+        if tensor.name in fitted:
+            _write_fitted(tensor, fitted[tensor.name], writer)
+        elif tensor.call is None:
+            _copy(tensor, reader, writer)
+        else:
+            _merge(_Stream(tensor, methods[tensor.call], reader, job), writer, known)
+
+
+class _MemoryWriter:
+    """Writes where a file is not wanted."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def write(self, name: str, first: int, entries: Tensor) -> None:
+        flat = entries.flatten()
+        self._tensors[name].view(-1)[first : first + len(flat)] = flat
 
 
 def measure_shard(job: ShardJob, known: Any = None) -> Tensor | None:
@@ -155,7 +185,7 @@ def _measure(stream: _Stream, method: StatisticsMethod, known: Any) -> Tensor:
     return total
 
 
-def _merge(stream: _Stream, writer: ShardWriter, known: Any) -> None:
+def _merge(stream: _Stream, writer: Writer, known: Any) -> None:
     method, name, dtype = stream.method, stream.tensor.name, DTYPES[stream.tensor.dtype]
     try:
         if isinstance(method, StatisticsMethod) and method.scope == "tensor" and stream.tensor.num_elements:
@@ -173,14 +203,14 @@ def _merge(stream: _Stream, writer: ShardWriter, known: Any) -> None:
         raise RayMergeError(f"{name}: merging failed: {problem}") from problem
 
 
-def _write_fitted(tensor: PlannedTensor, fitted: Tensor, writer: ShardWriter) -> None:
+def _write_fitted(tensor: PlannedTensor, fitted: Tensor, writer: Writer) -> None:
     written = fitted.to(DTYPES[tensor.dtype])
     if not is_finite(written):
         raise NonFiniteTensor(f"{tensor.name}: what was learned overflows {tensor.dtype}; lower settings.lr")
     writer.write(tensor.name, 0, written)
 
 
-def _copy(tensor: PlannedTensor, reader: Reader, writer: ShardWriter) -> None:
+def _copy(tensor: PlannedTensor, reader: Reader, writer: Writer) -> None:
     assert tensor.base is not None
     for first in range(0, tensor.num_elements, CHUNK):
         entries = read_source(reader, tensor.base, first, min(CHUNK, tensor.num_elements - first))

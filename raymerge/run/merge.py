@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]
 
 def run_plan(plan: Plan, folder: Path, pool: Pool, todo: list[int], progress: Progress) -> list[ShardReport]:
     """Write the shards numbered in `todo` below `folder`; reports in the order they were finished."""
-    known = _statistics(plan, pool, progress) if todo else None
+    known = statistics(plan, pool, progress) if todo else None
     reports: list[ShardReport] = []
     # The largest first, so that the last ones to finish are small.
     order = sorted(todo, key=lambda number: -_num_entries(plan, number))
@@ -40,7 +40,7 @@ def _num_entries(plan: Plan, number: int) -> int:
     return sum(tensor.num_elements * len(tensor.sources) for tensor in plan.shards[number].tensors)
 
 
-def _statistics(plan: Plan, pool: Pool, progress: Progress) -> Any:
+def statistics(plan: Plan, pool: Pool, progress: Progress) -> Any:
     """Statistics of the whole model, round by round; None if the method has none."""
     merged = next((t for shard in plan.shards for t in shard.tensors if t.call is not None), None)
     if merged is None or merged.call is None:
