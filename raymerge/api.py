@@ -1,5 +1,6 @@
 """The verbs. The command line and the jobs call nothing else."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -7,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.workspace import Workspace, open_workspace
+from raymerge.checkpoint.writer import write_text
 from raymerge.errors import RecipeError, StorageError
 from raymerge.plan.build import build_plan
 from raymerge.plan.finish import choose_chat_template, finish_folder
@@ -112,6 +116,73 @@ def merge(
     return MergeResult(
         out=workspace.out, plan=planned, elapsed_seconds=elapsed, peak_bytes=peak, shards_resumed=resumed
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """Where a search lies: `out/best.yml`, `out/merged`, `out/trials.parquet`; `facts` is what it found.
+
+    `facts["objectives"]` are of the best trial, on validation data; `facts["test"]` is of the merged checkpoint.
+    """
+
+    out: Path
+    facts: Mapping[str, Any]
+
+
+def search(
+    recipe: RecipeLike, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> SearchResult:
+    """Search a recipe's space on Ray Tune, merge the best of it, and measure that once on the test data.
+
+    A killed search is taken up again by the same call. Raises UserError before anything is written; RayMergeError if
+    no trial comes to its end.
+    """
+    # Ray Tune and scikit-learn take seconds to import.
+    from raymerge.evaluate.examiner import check_search, make_examiner
+    from raymerge.evaluate.objectives import LOWER_IS_BETTER
+    from raymerge.recipe.space import axes, trial_recipe
+    from raymerge.report.search import read_search, search_digest, write_search
+    from raymerge.report.trials import best_of, write_trials
+    from raymerge.run.search import SearchJob, discard_experiment, run_search
+
+    begun = time.perf_counter()
+    loaded = load_recipe(recipe)
+    if loaded.search is None:
+        raise RecipeError("search: missing; say what is searched, at least the tasks under search.evaluate")
+    asked, found = loaded.search, axes(loaded)
+    check_search(loaded, asked)
+    planned = _plan(loaded, weightless=False)
+    objectives = tuple(asked.objective)
+    lower = tuple(objective in LOWER_IS_BETTER for objective in objectives)
+    with open_workspace(Path(out), search_digest(planned, loaded), overwrite) as workspace:
+        if workspace.finished:
+            return SearchResult(out=workspace.out, facts=read_search(workspace.out))
+        job = SearchJob(
+            recipe=loaded,
+            axes=found,
+            examiner=make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model])),
+            objectives=objectives,
+            lower=lower,
+            cpus=asked.cpus_per_trial,
+        )
+        trials = run_search(job, asked, workspace.folder, progress or (lambda *_: None))
+        best = best_of(trials, objectives, lower)
+        chosen = trial_recipe(loaded, found, best.values)
+        merged = merge(chosen, workspace.folder / "merged", progress=progress).out
+        write_trials(workspace.folder / "trials.parquet", trials, objectives, lower)
+        write_text(workspace.folder / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))
+        write_search(
+            workspace.folder,
+            best=best,
+            trials=trials,
+            objectives=objectives,
+            searcher=asked.searcher,
+            elapsed_seconds=time.perf_counter() - begun,
+            test=json.loads(evaluate(merged, chosen, experts=True).to_json()) if chosen.evaluate else None,
+        )
+        discard_experiment(workspace.folder)
+        workspace.publish()
+    return SearchResult(out=workspace.out, facts=read_search(workspace.out))
 
 
 def evaluate(

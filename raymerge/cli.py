@@ -20,7 +20,7 @@ from raymerge import __version__
 from raymerge.errors import RayMergeError
 
 if TYPE_CHECKING:
-    from raymerge.api import MergeResult
+    from raymerge.api import MergeResult, SearchResult
     from raymerge.plan.schema import Plan
 
 Result = TypeVar("Result")
@@ -103,6 +103,31 @@ def plan(recipe: RecipeArgument, memory: Memory = None, as_json: AsJson = False)
         print(json.dumps(_plan_summary(planned), indent=2))
     else:
         _print_plan(planned)
+
+
+@app.command()
+def search(
+    recipe: RecipeArgument,
+    out: OutArgument,
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier output of RayMerge")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search settings on Ray Tune; write the best recipe, its checkpoint, and all trials."""
+
+    def verb() -> "SearchResult":
+        from raymerge import api
+
+        return api.search(recipe, out, overwrite=overwrite, progress=progress)
+
+    if not quiet:
+        _log_to_terminal()
+    with _progress(quiet) as progress:
+        result = _beside_ray(verb)
+    if as_json:
+        print(json.dumps(result.facts, indent=2))
+    elif not quiet:
+        _print_search(result)
 
 
 @app.command()
@@ -268,6 +293,20 @@ def _print_units(planned: "Plan") -> None:
         f"{cost.num_learners} workers peak at {needed:.2f} GB, this machine has {here:.2f} GB: {verdict}",
         highlight=False,
     )
+
+
+def _print_search(result: "SearchResult") -> None:
+    facts = result.facts
+    table = Table(show_header=False)
+    table.add_row("trials", f"{facts['num_trials']}, {facts['num_failed']} of them failed, by {facts['searcher']}")
+    for name, value in facts["best"]["values"].items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for name, value in facts["objectives"].items():
+        table.add_row(f"{name}, on validation data", f"{value:.4f}")
+    for name, found in (facts["test"] or {"tasks": {}})["tasks"].items():
+        table.add_row(f"{name}, on test data", f"{found['score']:.4f}")
+    out_console.print(table)
+    out_console.print(f"{result.out}/best.yml, merged, trials.parquet", markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

@@ -81,13 +81,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole: temp name, fsync, rename. Raises StorageError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under, which then is fsynced and renamed. Raises StorageError."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.rename(temporary, path)
     except OSError as problem:
         _discard(temporary)

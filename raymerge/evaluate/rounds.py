@@ -17,6 +17,7 @@ from raymerge.evaluate.rows import open_rows
 from raymerge.learn.batches import tokenise
 from raymerge.learn.images import to_pixels
 from raymerge.models import load
+from raymerge.ops.randomness import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +58,10 @@ class Prepared:
     def where(self) -> str:
         return f"evaluate.{self.task.task}"
 
-    def held(self) -> "Prepared":
-        """The same with all batches in memory, for models that come one after the other."""
-        return replace(self, batches=tuple(self.batches))
+    def held(self, seed: int) -> "Prepared":
+        """The same with all batches in memory and in a random order, so that any share of them is a fair sample."""
+        order = torch.randperm(len(self.batches), generator=seeded(seed, self.task.task)).tolist()
+        return replace(self, batches=tuple(self.batches[number] for number in order))
 
 
 def prepare(task: "Task", model: str, network: "PreTrainedModel") -> Prepared:

@@ -136,6 +136,40 @@ class Task(Part):
     limit: int | None = Field(default=None, gt=0, description="only the first rows")
 
 
+class Range(Part):
+    """What a place of the recipe may hold in a search: numbers from `low` to `high`, or one of `choices`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(default=False, description="as likely between 0.01 and 0.1 as between 0.1 and 1")
+    step: float | None = Field(default=None, gt=0, description="only low, low + step, ...; a grid needs it")
+    choices: list[Scalar] | None = Field(default=None, min_length=1)
+    per: Literal["expert"] | None = Field(default=None, description="a number for each expert")
+    knots: int = Field(default=1, gt=0, description="numbers along the depth, a gradient between them")
+    filters: list[str] = Field(default_factory=list, description="a number for tensors named so, one for the others")
+
+
+Objective = Literal["mean_score", "worst_share_kept", "weighted_score", "perplexity", "entropy", "agreement"]
+
+
+class Search(Part):
+    """What is searched, how, and on what."""
+
+    trials: int = Field(default=32, gt=0)
+    searcher: Literal["tpe", "random", "grid", "cmaes", "nsga2"] = "tpe"
+    space: dict[str, Range] = Field(
+        default_factory=dict, description="settings.NAME, METHOD.settings.NAME or method; none: what the method has"
+    )
+    objective: Annotated[
+        list[Objective], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ] = Field(default=["mean_score"], min_length=1, description="several give a Pareto set, with nsga2")
+    weights: dict[str, float] = Field(default_factory=dict, description="of tasks, for weighted_score")
+    evaluate: list[Task] = Field(default_factory=list, description="tasks on validation data, never the test data")
+    stop_early: bool = Field(default=False, description="ASHA: bad trials end after a part of the rows")
+    concurrent: int | None = Field(default=None, gt=0, description="trials at once; none: as many as there are CPUs")
+    cpus_per_trial: float = Field(default=1, gt=0)
+
+
 class Recipe(Part):
     """What the user wants."""
 
@@ -148,6 +182,7 @@ class Recipe(Part):
     output: Output = Output()
     compute: Compute = Compute()
     evaluate: list[Task] = Field(default_factory=list)
+    search: Search | None = None
     seed: int = 0
 
     _notes: tuple[str, ...] = PrivateAttr(default=())

@@ -1,0 +1,170 @@
+"""The space of a search: which numbers a trial draws, and the recipe that they make.
+
+A range in the recipe may stand for several numbers: one for each expert, for each of some knots along the depth, for
+the tensors of each filter. Each of them is an axis.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, get_type_hints
+
+from raymerge import methods
+from raymerge.errors import RecipeError, nearest
+from raymerge.methods.base import LearnedMethod, TensorMethod, default_of, is_per_expert, setting_fields
+from raymerge.recipe.load import load_recipe
+from raymerge.recipe.schema import Range, Recipe, Scalar, Search
+
+# Where settings of these names make sense, in every method that has them.
+USUAL: Mapping[str, tuple[float, float]] = {
+    "coefficient": (0.0, 1.0),
+    "weight": (0.0, 1.0),
+    "scale": (0.2, 2.0),
+    "density": (0.05, 1.0),
+    "t": (0.0, 1.0),
+    "q": (0.1, 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One number, or one choice, of a trial. `method`: only trials of this method have it."""
+
+    name: str
+    setting: str
+    range: Range
+    whole: bool
+    method: str | None = None
+    expert: str | None = None
+    knot: int = 0
+    filter: str | None = None
+
+
+def axes(recipe: Recipe) -> tuple[Axis, ...]:
+    """All axes of a recipe's space, the method's own first. Raises RecipeError for what no trial could have."""
+    search = _search(recipe)
+    space = search.space or _usual_space(methods.find(recipe.method))
+    found: list[Axis] = []
+    if "method" in space:
+        named = space["method"]
+        if not named.choices:
+            raise RecipeError("search.space.method: choices are expected, names of methods")
+        for name in named.choices:
+            methods.find(str(name))
+        found.append(Axis(name="method", setting="method", range=named, whole=False))
+    for place, given in space.items():
+        if place != "method":
+            found += _axes_at(place, given, recipe)
+    if not found:
+        raise RecipeError(
+            f"search.space: {recipe.method} has no settings with a usual range; say what is to be searched"
+        )
+    return tuple(found)
+
+
+def candidates(recipe: Recipe) -> tuple[str, ...]:
+    """The methods that trials may have."""
+    space = _search(recipe).space
+    return tuple(map(str, space["method"].choices or ())) if "method" in space else (recipe.method,)
+
+
+def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, Scalar]) -> Recipe:
+    """The recipe of one trial, without its search; `values` go by the axes' names. Raises RecipeError."""
+    content = recipe.as_written()
+    content.pop("search", None)
+    content["method"] = str(values.get("method", recipe.method))
+    method = methods.find(content["method"])
+    known = setting_fields(method)
+    content["settings"] = {name: value for name, value in content.get("settings", {}).items() if name in known}
+    groups: dict[tuple[str | None, str], list[Axis]] = {}
+    for axis in found:
+        if axis.setting in known and axis.name in values and axis.method in (None, content["method"]):
+            groups.setdefault((axis.expert, axis.setting), []).append(axis)
+    for (expert, setting), members in groups.items():
+        value = _assembled(members, values)
+        if expert is None:
+            content["settings"][setting] = value
+        else:
+            content["experts"][expert].setdefault("settings", {})[setting] = value
+    return load_recipe(content)
+
+
+def _search(recipe: Recipe) -> Search:
+    return recipe.search or Search()
+
+
+def _axes_at(place: str, given: Range, recipe: Recipe) -> list[Axis]:
+    where = f"search.space.{place}"
+    only, _, setting = place.rpartition("settings.")
+    only = only.removesuffix(".")
+    possible = [only] if only else list(candidates(recipe))
+    if "settings." not in place or (only and only not in candidates(recipe)):
+        raise RecipeError(f"{where}: settings.NAME, METHOD.settings.NAME or method is expected")
+    twin = f"settings.{setting}" if only else None
+    if twin in _search(recipe).space:
+        raise RecipeError(f"{where}: {twin} is there too; one of them is expected")
+    owners = [name for name in possible if setting in setting_fields(methods.find(name))]
+    if not owners:
+        known = [known for name in possible for known in setting_fields(methods.find(name))]
+        raise RecipeError(f"{where}: {', '.join(possible)} has no such setting; {nearest(setting, known)}")
+    method = methods.find(owners[0])
+    field = setting_fields(method)[setting]
+    _check_range(given, where)
+    if given.per == "expert" and not is_per_expert(field):
+        raise RecipeError(f"{where}.per: {setting} of {owners[0]} is one for all experts; leave per out")
+    whole = not is_per_expert(field) and get_type_hints(method)[setting] is int
+    found = []
+    for expert in recipe.experts if given.per == "expert" else (None,):
+        for part in (*given.filters, "*") if given.filters else (None,):
+            for knot in range(given.knots):
+                name = place + (f"[{expert}]" if expert else "") + (f"{{{part}}}" if part else "")
+                found.append(
+                    Axis(
+                        name=f"{name}@{knot}" if given.knots > 1 else name,
+                        setting=setting,
+                        range=given,
+                        whole=whole,
+                        method=only or None,
+                        expert=expert,
+                        knot=knot,
+                        filter=part,
+                    )
+                )
+    return found
+
+
+def _check_range(given: Range, where: str) -> None:
+    if (given.choices is None) == (given.low is None) or (given.low is None) != (given.high is None):
+        raise RecipeError(f"{where}: low and high, or choices, are expected")
+    if given.low is not None and given.high is not None:
+        if given.low >= given.high:
+            raise RecipeError(f"{where}: low is {given.low:g} and high {given.high:g}; low below high is expected")
+        if given.log and (given.low <= 0 or given.step):
+            raise RecipeError(f"{where}.log: needs a low above 0, and no step")
+    elif given.knots > 1 and any(isinstance(choice, str | bool) for choice in given.choices or ()):
+        raise RecipeError(f"{where}.knots: a gradient is of numbers")
+
+
+def _usual_space(method: type[TensorMethod]) -> dict[str, Range]:
+    """Every setting with a usual range; for learned methods the start's coefficient alone."""
+    names = ("coefficient",) if issubclass(method, LearnedMethod) else tuple(USUAL)
+    own = setting_fields(method)
+    return {
+        f"settings.{name}": Range(low=USUAL[name][0], high=USUAL[name][1])
+        for name in names
+        if name in own and (is_per_expert(own[name]) or _is_number(default_of(own[name])))
+    }
+
+
+def _is_number(default: Any) -> bool:
+    return default is MISSING or (isinstance(default, int | float) and not isinstance(default, bool))
+
+
+def _assembled(members: list[Axis], values: Mapping[str, Scalar]) -> Any:
+    """A number, a gradient, or filtered ones, as a recipe writes them."""
+    by_filter: dict[str | None, list[Scalar]] = {}
+    for axis in members:
+        by_filter.setdefault(axis.filter, []).append(values[axis.name])
+    shown = {part: found[0] if len(found) == 1 else found for part, found in by_filter.items()}
+    if None in shown:
+        return shown[None]
+    return [{"filter": part, "value": value} for part, value in shown.items()]

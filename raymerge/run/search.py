@@ -1,0 +1,290 @@
+"""Ray Tune over the space of a recipe: Optuna's samplers suggest, ASHA stops, actors keep what trials share."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import optuna
+import torch
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
+from raymerge.errors import RayMergeError, RecipeError
+from raymerge.recipe.schema import Recipe, Search
+from raymerge.recipe.space import Axis, candidates, trial_recipe
+from raymerge.run.cluster import connect
+from raymerge.run.merge import Progress
+from raymerge.run.trial import Bench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("raymerge")
+
+EXPERIMENT = "tune"
+
+
+class Examiner(Protocol):
+    """Says how good models are."""
+
+    @property
+    def experts(self) -> Sequence[str | None]: ...
+
+    def examine(self, models: Mapping[str | None, "PreTrainedModel"]) -> Iterator[dict[str, float]]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchJob:
+    """All that a trial needs beside its own numbers. `lower`: for each objective, whether lower is better."""
+
+    recipe: Recipe
+    axes: tuple[Axis, ...]
+    examiner: Examiner
+    objectives: tuple[str, ...]
+    lower: tuple[bool, ...]
+    cpus: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One trial: its numbers by axis, what it reached, or the error that ended it.
+
+    `share` is of the rows it has seen: below 1 where it was stopped early.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    scores: Mapping[str, float]
+    share: float
+    merge_seconds: float
+    evaluate_seconds: float
+    error: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """It has seen all rows."""
+        return self.error is None and self.share == 1.0
+
+
+def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress) -> list[Trial]:
+    """All trials of a search, in the order they were begun; goes on with those that lie below `folder` already.
+
+    Raises RecipeError if the searcher cannot search this space.
+    """
+    sampler = _sampler(search, job)
+    # Ray's newer output prints a banner whatever it is told.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    connect()
+    storage = folder / EXPERIMENT
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, job=job), {"CPU": search.cpus_per_trial, "GPU": job.recipe.compute.gpus_per_worker}
+    )
+    if tune.Tuner.can_restore(str(storage)):
+        tuner = tune.Tuner.restore(str(storage), trainable=trainable, resume_unfinished=True)
+    else:
+        tuner = _new_tuner(trainable, job, search, sampler, storage, progress)
+    return _trials(tuner.fit(), job)
+
+
+def _new_tuner(
+    trainable: Any, job: SearchJob, search: Search, sampler: Any, storage: Path, progress: Progress
+) -> tune.Tuner:
+    modes = ["min" if lower else "max" for lower in job.lower]
+    many = len(modes) > 1
+    names = list(job.objectives)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    suggest: Any = OptunaSearch(
+        space=Suggest(job.axes, job.recipe.method),
+        metric=names if many else names[0],
+        mode=modes if many else modes[0],
+        sampler=sampler,
+    )
+    if search.concurrent:
+        suggest = ConcurrencyLimiter(suggest, max_concurrent=search.concurrent)
+    scheduler = (
+        tune.schedulers.ASHAScheduler(
+            time_attr="percent", metric=names[0], mode=modes[0], max_t=100, grace_period=25, reduction_factor=2
+        )
+        if search.stop_early
+        else None
+    )
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=suggest,
+            scheduler=scheduler,
+            num_samples=_num_trials(search, job),
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=storage.name,
+            storage_path=str(storage.parent.absolute()),
+            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[_Teller(progress, _num_trials(search, job), names[0])],
+            verbose=0,
+        ),
+    )
+
+
+def discard_experiment(folder: Path) -> None:
+    """Remove what only served to go on after a kill."""
+    shutil.rmtree(folder / EXPERIMENT, ignore_errors=True)
+
+
+class Suggest:
+    """Draws the numbers of a trial from an Optuna trial: only those that its method has."""
+
+    def __init__(self, axes: Sequence[Axis], method: str) -> None:
+        self._axes = tuple(axes)
+        self._method = method
+
+    def __call__(self, trial: Any) -> None:
+        from raymerge import methods
+        from raymerge.methods.base import setting_fields
+
+        method = self._method
+        for axis in self._axes:
+            if axis.setting == "method":
+                method = self._draw(trial, axis)
+            elif axis.method in (None, method) and axis.setting in setting_fields(methods.find(method)):
+                self._draw(trial, axis)
+
+    @staticmethod
+    def _draw(trial: Any, axis: Axis) -> Any:
+        given = axis.range
+        if given.choices is not None:
+            return trial.suggest_categorical(axis.name, given.choices)
+        assert given.low is not None and given.high is not None
+        if axis.whole:
+            return trial.suggest_int(
+                axis.name, int(given.low), int(given.high), step=int(given.step or 1), log=given.log
+            )
+        return trial.suggest_float(axis.name, given.low, given.high, step=given.step, log=given.log)
+
+
+def _sampler(search: Search, job: SearchJob) -> Any:
+    seed = job.recipe.seed
+    if len(job.objectives) > 1 and search.searcher not in ("nsga2", "tpe", "random", "grid"):
+        raise RecipeError(f"search.searcher: {search.searcher} has one objective; nsga2 or tpe takes several")
+    if len(job.objectives) > 1 and search.stop_early:
+        raise RecipeError("search.stop_early: trials with several objectives cannot be compared half-way; leave it out")
+    if search.searcher == "grid":
+        return optuna.samplers.GridSampler(_grid(job), seed=seed)
+    if search.searcher == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return {
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+    }[search.searcher](seed=seed)
+
+
+def _grid(job: SearchJob) -> dict[str, list[Any]]:
+    if len(candidates(job.recipe)) > 1:
+        raise RecipeError("search.searcher: a grid has the same settings everywhere; search one method, or use tpe")
+    found: dict[str, list[Any]] = {}
+    for axis in job.axes:
+        given = axis.range
+        if given.choices is not None:
+            found[axis.name] = list(given.choices)
+        elif given.step is None:
+            raise RecipeError(f"search.space.{axis.name}.step: a grid needs it")
+        else:
+            assert given.low is not None and given.high is not None
+            count = int((given.high - given.low) / given.step + 1e-9) + 1
+            found[axis.name] = [given.low + i * given.step for i in range(count)]
+    return found
+
+
+def _num_trials(search: Search, job: SearchJob) -> int:
+    if search.searcher != "grid":
+        return search.trials
+    count = 1
+    for values in _grid(job).values():
+        count *= len(values)
+    return min(search.trials, count)
+
+
+class _Teller(tune.Callback):  # type: ignore[misc]
+    """Says how far a search is, and what each trial reached."""
+
+    def __init__(self, progress: Progress, total: int, objective: str) -> None:
+        self._progress = progress
+        self._total = total
+        self._objective = objective
+        self._done = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._done += 1
+        value = (trial.last_result or {}).get(self._objective)
+        logger.info(f"trial {self._done} of {self._total}: {self._objective} {value:.4f}, {_shown(trial.config)}")
+        self._progress("searching", self._done, self._total)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._done += 1
+        logger.warning(f"trial {self._done} of {self._total} failed: {_shown(trial.config)}")
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+@lru_cache(maxsize=1)
+def _bench() -> Bench:
+    """What the trials of this process share."""
+    return Bench()
+
+
+def _trial(config: dict[str, Any], job: SearchJob) -> None:
+    """One trial, in an actor that has done others."""
+    torch.set_num_threads(max(1, int(job.cpus)))
+    begun = time.perf_counter()
+    recipe = trial_recipe(job.recipe, job.axes, config)
+    models, merge_seconds = _bench().merge(recipe, job.examiner.experts)
+    evaluating = time.perf_counter()
+    for found in job.examiner.examine(models):
+        now = time.perf_counter()
+        tune.report(
+            {
+                **found,
+                "percent": round(100 * found["share"]),
+                "merge_seconds": merge_seconds,
+                "evaluate_seconds": now - evaluating,
+                "trial_seconds": now - begun,
+            }
+        )
+
+
+def _trials(grid: Any, job: SearchJob) -> list[Trial]:
+    found = []
+    for number, result in enumerate(grid):
+        metrics = result.metrics or {}
+        named = {name: metrics[name] for name in metrics if name in job.objectives or name.startswith("score.")}
+        found.append(
+            Trial(
+                number=number,
+                values=dict(result.config or {}),
+                scores=named,
+                share=metrics.get("share", 0.0),
+                merge_seconds=metrics.get("merge_seconds", 0.0),
+                evaluate_seconds=metrics.get("evaluate_seconds", 0.0),
+                error=None if result.error is None else _last_line(result.error),
+            )
+        )
+    if not any(trial.is_whole for trial in found):
+        raise RayMergeError(f"search: no trial came to its end; the first said: {next((t.error for t in found), None)}")
+    return found
+
+
+def _last_line(problem: Exception) -> str:
+    cause = getattr(problem, "cause", None) or problem
+    return str(cause).strip().splitlines()[-1]

@@ -1,0 +1,129 @@
+"""Merge in memory and measure, again and again: what a trial of a search does instead of writing a checkpoint.
+
+Base and experts are read from where they lie, which after the first trial is the page cache; the models that are
+measured are built once, and filled with each trial's tensors. Models of several experts share one trunk.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.index import open_checkpoint
+from raymerge.models import heads, load
+from raymerge.models.conversion import Conversion
+from raymerge.plan.build import build_plan
+from raymerge.plan.execute import merge_into
+from raymerge.plan.schema import Plan
+from raymerge.recipe.schema import Recipe
+from raymerge.run.distill import run_distillation
+from raymerge.run.merge import run_plan, statistics
+from raymerge.run.pool import LocalPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEADS = "raymerge/heads/"
+
+
+@dataclass(slots=True)
+class _Network:
+    model: "PreTrainedModel"
+    conversion: Conversion
+
+
+class Bench:
+    """Keeps what trials have in common."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._networks: dict[str | None, _Network] = {}
+        self._config: Mapping[str, Any] | None = None
+
+    def merge(self, recipe: Recipe, experts: Sequence[str | None]) -> tuple[dict[str | None, "PreTrainedModel"], float]:
+        """The merged model of a recipe with the head of each expert (None: as it is), and the seconds of merging.
+
+        The models are good until the next call. Raises UserError of every kind.
+        """
+        planned = build_plan(recipe)
+        begun = time.perf_counter()
+        self._merge(planned, recipe)
+        elapsed = time.perf_counter() - begun
+        if planned.config != self._config:
+            self._networks.clear()
+            self._config = planned.config
+        filled: set[int] = set()
+        for expert in experts:
+            if expert not in self._networks:
+                self._networks[expert] = self._build(planned, expert)
+            self._fill(self._networks[expert], filled)
+        return {expert: self._networks[expert].model for expert in experts}, elapsed
+
+    def _merge(self, planned: Plan, recipe: Recipe) -> None:
+        if planned.distillation is not None:
+            self._tensors = _learned(planned, recipe)
+            return
+        trunk = [n for n, shard in enumerate(planned.shards) if not shard.file.startswith(HEADS)]
+        wanted = {t.name: (t.shape, DTYPES[t.dtype]) for n in trunk for t in planned.shards[n].tensors}
+        if {name: (tuple(value.shape), value.dtype) for name, value in self._tensors.items()} != wanted:
+            self._tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
+        pool = LocalPool(1)
+        known = statistics(planned, pool, _silent)
+        for _ in pool.map(lambda job: merge_into(self._tensors, job, known), [planned.job(n, "cpu") for n in trunk]):
+            pass
+
+    def _build(self, planned: Plan, expert: str | None) -> _Network:
+        file = f"{HEADS}{expert}/model.safetensors"
+        head = next((shard for shard in planned.shards if shard.file == file), None)
+        where = f"the merge of {', '.join(model.name for model in planned.models)}"
+        if head is None:
+            model = heads.assemble(self._tensors, planned.config, where)
+        else:
+            owner = open_checkpoint(str(next(m.location for m in planned.models if m.name == expert)))
+            model = heads.assemble(
+                self._tensors, planned.config, where, owner, tuple(tensor.name for tensor in head.tensors)
+            )
+        load.place(model, "cpu")
+        self._share_trunk(model)
+        return _Network(model, Conversion(model))
+
+    def _share_trunk(self, model: "PreTrainedModel") -> None:
+        other = next((network.model for network in self._networks.values()), None)
+        prefix = model.base_model_prefix
+        ours, theirs = getattr(model, prefix, None), getattr(other, prefix, None)
+        if ours is None or theirs is None or type(ours) is not type(theirs):
+            return
+        if ours.state_dict().keys() == theirs.state_dict().keys():
+            setattr(model, prefix, theirs)
+
+    @torch.no_grad()
+    def _fill(self, network: _Network, filled: set[int]) -> None:
+        """Copy merged tensors to a model's parameters, but those that another model shares and has filled."""
+        held = network.model.state_dict(keep_vars=True)
+        for name, value in network.conversion.to_model(self._tensors).items():
+            target = held[name]
+            if target.data_ptr() not in filled:
+                target.copy_(value)
+                filled.add(target.data_ptr())
+
+
+def _learned(planned: Plan, recipe: Recipe) -> dict[str, Tensor]:
+    """A distillation's tensors; it keeps its units in files, here in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="raymerge-trial-") as folder:
+        place = Path(folder)
+        plain = [n for n in range(len(planned.shards)) if n not in planned.learned_shards]
+        run_plan(planned, place, LocalPool(1), plain, _silent)
+        run_distillation(planned, place, recipe, local=True, progress=_silent)
+        files = [shard.file for shard in planned.shards if not shard.file.startswith(HEADS)]
+        return {name: value for file in files for name, value in load_file(place / file).items()}
+
+
+def _silent(*_: Any) -> None:
+    pass

@@ -1,0 +1,223 @@
+"""A search end to end on small classifiers: its trials are merges, its best is a recipe, killed it goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+from command import raymerge, started, wait
+from samples import make_family
+from tiny import weights
+
+from raymerge import api
+from raymerge.errors import RecipeError
+from raymerge.recipe.load import load_recipe
+from raymerge.recipe.space import axes, trial_recipe
+from raymerge.run.trial import Bench
+
+
+def family(folder: Path, **search: Any) -> dict[str, Any]:
+    """Two classifiers, and rows with the classes they themselves give, for validation and for test."""
+    asked = make_family(folder)
+    tasks: dict[str, list[dict[str, Any]]] = {"valid": [], "test": []}
+    for expert in ("a", "b"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / expert).eval()
+        for number, part in enumerate(tasks):
+            texts = [" ".join(f"w{(5 * i + 3 * j + number) % 28}" for j in range(1 + i % 7)) for i in range(40)]
+            with torch.no_grad():
+                labels = [
+                    int(model(torch.tensor([[int(word[1:]) + 3 for word in text.split()]])).logits.argmax())
+                    for text in texts
+                ]
+            data = str(folder / f"{expert}-{part}.parquet")
+            pq.write_table(pa.table({"text": texts, "label": labels}), data)
+            tasks[part].append({"task": expert, "expert": expert, "kind": "classification", "data": data})
+    return {
+        **asked,
+        "method": "task_arithmetic",
+        "settings": {},
+        "evaluate": tasks["test"],
+        "search": {"trials": 4, "evaluate": tasks["valid"], "concurrent": 1, **search},
+    }
+
+
+PER_EXPERT = {"settings.coefficient": {"low": 0.0, "high": 1.0, "per": "expert"}}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "model_stock"])
+def test_a_trial_is_the_merge_it_stands_for(method: str, tmp_path: Path) -> None:
+    """Parameter by parameter, for one trial after another on the same bench."""
+    asked = {**family(tmp_path), "method": method, "output": {"dtype": "bfloat16"}}
+    bench = Bench()
+    for seed in (0, 1):
+        recipe = load_recipe({**asked, "seed": seed})
+        models, _ = bench.merge(recipe, ["a", "b"])
+        api.merge(recipe, tmp_path / f"out{seed}", local=True)
+        for expert, model in models.items():
+            expected = __import__("raymerge").load_task_model(tmp_path / f"out{seed}", expert).state_dict()
+            found = model.state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in found)
+    assert models["a"].base_model is models["b"].base_model
+
+
+def test_axes_and_the_recipes_they_make(tmp_path: Path) -> None:
+    space = {
+        "method": {"choices": ["task_arithmetic", "ties"]},
+        "settings.coefficient": {"low": 0.0, "high": 1.0, "knots": 2, "per": "expert"},
+        "ties.settings.density": {"low": 0.1, "high": 1.0, "filters": ["attention"]},
+    }
+    recipe = load_recipe({**family(tmp_path), "search": {"space": space}})
+    found = axes(recipe)
+    names = [axis.name for axis in found]
+    assert names == [
+        "method",
+        "settings.coefficient[a]@0",
+        "settings.coefficient[a]@1",
+        "settings.coefficient[b]@0",
+        "settings.coefficient[b]@1",
+        "ties.settings.density{attention}",
+        "ties.settings.density{*}",
+    ]
+    values = dict(zip(names, ["task_arithmetic", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], strict=True))
+    made = trial_recipe(recipe, found, values)
+    assert made.search is None and made.method == "task_arithmetic" and made.settings == {}
+    assert made.experts["a"].settings == {"coefficient": [0.1, 0.2]}
+    assert made.experts["b"].settings == {"coefficient": [0.3, 0.4]}
+    made = trial_recipe(recipe, found, {"method": "ties", names[5]: 0.5, names[6]: 0.6})
+    assert made.as_written()["settings"] == {
+        "density": [{"filter": "attention", "value": 0.5}, {"filter": "*", "value": 0.6}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"settings.coeficient": {"low": 0, "high": 1}}, "has no such setting; did you mean 'coefficient'"),
+        ({"settings.coefficient": {"low": 1, "high": 0}}, "low is 1 and high 0; low below high is expected"),
+        ({"settings.coefficient": {"low": 0}}, "low and high, or choices, are expected"),
+        ({"settings.coefficient": {"low": 0, "high": 1, "log": True}}, "log: needs a low above 0"),
+        ({"method": {"choices": ["tees"]}}, "'tees', which is no method; did you mean 'ties'"),
+        ({"coefficient": {"low": 0, "high": 1}}, "settings.NAME, METHOD.settings.NAME or method is expected"),
+    ],
+)
+def test_spaces_that_cannot_be(space: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said):
+        axes(
+            load_recipe(
+                {**make_family(tmp_path), "method": "task_arithmetic", "settings": {}, "search": {"space": space}}
+            )
+        )
+
+
+def test_the_test_rows_are_not_searched(tmp_path: Path) -> None:
+    asked = family(tmp_path)
+    copied = tmp_path / "other-name.parquet"
+    copied.write_bytes(Path(asked["evaluate"][0]["data"]).read_bytes())
+    asked["search"]["evaluate"][0] = {**asked["search"]["evaluate"][0], "data": str(copied)}
+    with pytest.raises(RecipeError, match="search.evaluate: a reads the rows of evaluate: a, .* give it other rows"):
+        api.search(asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_best_is_a_recipe(tmp_path: Path) -> None:
+    asked = family(tmp_path, space=PER_EXPERT, trials=6, objective=["mean_score", "entropy"], searcher="nsga2")
+    found = api.search(asked, tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert len(rows) == found.facts["num_trials"] == 6 and found.facts["num_failed"] == 0
+    best = max(rows, key=lambda row: (row["mean_score"], -row["trial"]))
+    assert found.facts["objectives"]["mean_score"] == best["mean_score"]
+    front = [row for row in rows if row["pareto"]]
+    assert best in front or any(row["mean_score"] == best["mean_score"] for row in front)
+    for row in rows:
+        beaten = [
+            other
+            for other in rows
+            if other["mean_score"] >= row["mean_score"]
+            and other["entropy"] <= row["entropy"]
+            and (other["mean_score"], other["entropy"]) != (row["mean_score"], row["entropy"])
+        ]
+        assert row["pareto"] == (not beaten)
+    # The recipe gives the checkpoint, and the checkpoint the scores.
+    recipe = yaml.safe_load((tmp_path / "out" / "best.yml").read_text())
+    api.merge(recipe, tmp_path / "again", local=True)
+    assert weights(tmp_path / "again") == weights(tmp_path / "out" / "merged")
+    scores = api.evaluate(tmp_path / "again", {**recipe, "evaluate": asked["search"]["evaluate"]})
+    assert {f"score.{task}": score.score for task, score in scores.tasks.items()} == {
+        name: value for name, value in best.items() if name.startswith("score.")
+    }
+    assert set(found.facts["test"]["tasks"]) == {"a", "b"}
+    assert api.search(asked, tmp_path / "out").facts == found.facts
+    assert not (tmp_path / "out" / "tune").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_methods_searched_and_one_that_fails(tmp_path: Path) -> None:
+    """Conditional settings; NaN in a trial is that trial's end, not the search's."""
+    space = {
+        "method": {"choices": ["slerp", "task_arithmetic"]},
+        "task_arithmetic.settings.coefficient": {"choices": [0.5]},
+    }
+    asked = family(tmp_path, space=space, trials=5, searcher="random", objective="worst_share_kept")
+    found = api.search(asked, tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert {row["method"] for row in rows} == {"slerp", "task_arithmetic"}
+    assert all((row["error"] is not None) == (row["method"] == "slerp") for row in rows)
+    assert "slerp" in next(row["error"] for row in rows if row["error"])
+    assert found.facts["best"]["values"]["method"] == "task_arithmetic"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("searcher", ["tpe", "cmaes", "random", "grid"])
+def test_the_same_seed_gives_the_same_trials(searcher: str, tmp_path: Path) -> None:
+    space = {"settings.coefficient": {"low": 0.0, "high": 1.0, **({"step": 0.25} if searcher == "grid" else {})}}
+    asked = family(tmp_path, space=space, trials=5, searcher=searcher)
+    tables = []
+    for out in ("one", "two"):
+        api.search(asked, tmp_path / out)
+        rows = pq.read_table(tmp_path / out / "trials.parquet").to_pylist()
+        tables.append([(row["settings.coefficient"], row["mean_score"]) for row in rows])
+    assert tables[0] == tables[1] and len(set(tables[0])) == 5
+    if searcher == "grid":
+        assert sorted(value for value, _ in tables[0]) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_distillations_as_trials_and_bad_ones_stopped(tmp_path: Path) -> None:
+    asked = family(
+        tmp_path, space={"settings.epochs": {"low": 1, "high": 3}}, trials=4, searcher="random", stop_early=True
+    )
+    asked |= {"method": "prodistill", "settings": {"batch_size": 6, "samples": 12, "max_length": 12}}
+    api.search(asked, tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert all(isinstance(row["settings.epochs"], int) and 1 <= row["settings.epochs"] <= 3 for row in rows)
+    assert any(row["share_of_rows"] == 1.0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    asked = family(tmp_path, space=PER_EXPERT, trials=12, searcher="tpe")
+    (tmp_path / "recipe.yml").write_text(json.dumps(asked))
+
+    def finished() -> int:
+        return len(list((tmp_path / "out.partial" / "tune").glob("*/result.json")))
+
+    with started("search", "recipe.yml", "out", cwd=tmp_path) as process:
+        wait(lambda: finished() >= 3, process, seconds=120)
+        process.kill()
+        process.wait()
+    before = finished()
+    assert before < 12 and not (tmp_path / "out").exists()
+    again = raymerge("search", "recipe.yml", "out", "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["num_trials"] == 12
+    assert len(pq.read_table(tmp_path / "out" / "trials.parquet")) == 12
