@@ -1,7 +1,7 @@
 """RayMerge: one checkpoint out of many fine-tuned ones, on a laptop or a Ray cluster.
 
 The verbs are functions: `raymerge.merge(recipe, out)`, `raymerge.plan(recipe)`, `raymerge.search(recipe, out)`,
-`raymerge.evaluate(model, recipe)`. Importing this package is cheap; a verb loads what it needs.
+`raymerge.evaluate(model, recipe)`, `raymerge.report(out)`. Importing this package is cheap; a verb loads what it needs.
 """
 
 import importlib
@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from raymerge.api import evaluate as evaluate
     from raymerge.api import merge as merge
     from raymerge.api import plan as plan
+    from raymerge.api import report as report
     from raymerge.api import search as search
     from raymerge.models.heads import load_task_model as load_task_model
 
 __version__ = "0.1.0"
-__all__ = ["MergeResult", "RayMergeError", "UserError", "evaluate", "load_task_model", "merge", "plan", "search"]
+__all__ = [
+    "MergeResult",
+    "RayMergeError",
+    "UserError",
+    "evaluate",
+    "load_task_model",
+    "merge",
+    "plan",
+    "report",
+    "search",
+]
 
 _HOMES = {
     "MergeResult": "raymerge.api",
@@ -26,6 +37,7 @@ _HOMES = {
     "load_task_model": "raymerge.models.heads",
     "merge": "raymerge.api",
     "plan": "raymerge.api",
+    "report": "raymerge.api",
     "search": "raymerge.api",
 }
 

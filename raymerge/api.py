@@ -1,6 +1,7 @@
 """The verbs. The command line and the jobs call nothing else."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ import yaml
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.workspace import Workspace, open_workspace
 from raymerge.checkpoint.writer import write_text
-from raymerge.errors import RecipeError, StorageError
+from raymerge.errors import RecipeError, StorageError, UserError
 from raymerge.plan.build import build_plan
 from raymerge.plan.finish import choose_chat_template, finish_folder
 from raymerge.plan.schema import Plan
@@ -27,6 +28,8 @@ from raymerge.run.pool import LocalPool, Pool
 if TYPE_CHECKING:
     from raymerge.evaluate.measure import Score
     from raymerge.evaluate.table import Evaluation
+
+logger = logging.getLogger("raymerge")
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -214,6 +217,43 @@ def evaluate(
         if progress is not None:
             progress("evaluating", len(scores), len(jobs))
     return collect_scores(jobs, [scores[number] for number in range(len(jobs))])
+
+
+def report(out: str | Path, *, measure: bool = True) -> Path:
+    """Write `report.html` into the output of a merge or a search; returns its path.
+
+    `measure` has the recipe's evaluation tasks measured first, on the merged model, the experts and the base, where
+    that was not done before. Raises RayMergeError if `out` is no output.
+    """
+    from raymerge.report.collect import EVALUATION
+    from raymerge.report.page import write_report
+
+    folder = Path(out)
+    merged = folder / "merged" if (folder / "merged").is_dir() else folder
+    recipe = merged / "raymerge" / "recipe.yml"
+    if measure and recipe.is_file() and not (merged / EVALUATION).is_file() and load_recipe(recipe).evaluate:
+        try:
+            write_text(merged / EVALUATION, json.dumps(_measure_all(merged, load_recipe(recipe)), indent=2))
+        except UserError as problem:
+            logger.warning(f"scores are not in the report: {problem}")
+    return write_report(folder)
+
+
+def _measure_all(merged: Path, recipe: Recipe) -> dict[str, Any]:
+    """Scores of a merged model, the base and the experts by task."""
+    found = evaluate(merged, recipe, experts=True)
+    base = evaluate(recipe.base, recipe).tasks if recipe.base is not None else {}
+    tasks = {
+        name: {
+            "metric": one.metric,
+            "score": one.score,
+            "share_kept": one.share_kept,
+            "expert": one.expert_score,
+            "base": base[name].score if name in base else None,
+        }
+        for name, one in found.tasks.items()
+    }
+    return {"tasks": tasks, "mean": found.mean}
 
 
 def _pool(planned: Plan, recipe: Recipe, local: bool) -> Pool:

@@ -151,6 +151,18 @@ def evaluate(
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="the output of a merge or a search", metavar="OUT")],
+    measure: Annotated[bool, typer.Option(help="measure the recipe's evaluation tasks first")] = True,
+) -> None:
+    """Write OUT/report.html: scores, losses, coefficients, task vectors, trials, costs, on one page."""
+    from raymerge import api
+
+    _log_to_terminal()
+    print(api.report(out, measure=measure))
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
     """The catalogue of methods, or one method's settings."""
     from raymerge import methods as catalogue

@@ -1,4 +1,4 @@
-"""Train a base and four experts on real handwritten digits, merge them with eleven methods, measure everything."""
+"""Train a base and four experts on real handwritten digits, merge them with eleven methods, search, measure all."""
 
 import shlex
 import time
@@ -19,7 +19,15 @@ from raymerge.demo.domains import (
     shifted,
     write_parquet,
 )
-from raymerge.demo.recipes import METHODS, calibration_path, data_path, model_path, write_recipe
+from raymerge.demo.recipes import (
+    METHODS,
+    SEARCH_TRIALS,
+    calibration_path,
+    data_path,
+    model_path,
+    write_recipe,
+    write_search,
+)
 from raymerge.demo.results import DemoResult, Row
 from raymerge.demo.train import on_one_core, train_all
 from raymerge.errors import OutputError
@@ -31,7 +39,7 @@ def run_demo(out: Path, *, workers: int | None = None, quiet: bool = False) -> D
     """Run the demo in the folder `out`, print its table unless `quiet`, and return it.
 
     Below `out`: `data/` (test rows), `calibration/` (64 images a domain), `models/` (base and experts), `recipes/`,
-    `merged/`, and `demo.json`.
+    `merged/`, `search/`, and `demo.json`.
     `workers` bounds the tasks at once. Raises OutputError if `out` holds anything but an earlier demo.
     """
     from rich.console import Console
@@ -39,13 +47,14 @@ def run_demo(out: Path, *, workers: int | None = None, quiet: bool = False) -> D
     begun = time.perf_counter()
     out = Path(out).absolute()
     _claim(out)
-    with _progress(quiet, len(EXPERTS) + 1 + 2 * len(METHODS) + len(EXPERTS) + 1) as step:
+    with _progress(quiet, len(EXPERTS) + 1 + 2 * len(METHODS) + len(EXPERTS) + 3) as step:
         _write_data(out)
         train_all(out / "models", workers=workers, tell=lambda name: step(f"trained {name}"))
         rows = _measure_models(out, step)
         own = {name: rows[name].scores[name] for name in EXPERTS}
         for method in METHODS:
             rows[method] = _merge(out, method, own, workers, step)
+        rows["search"] = _search(out, own, step)
     result = DemoResult(out=out, rows=tuple(rows.values()), elapsed_seconds=time.perf_counter() - begun)
     write_text(out / _MARK, result.to_json())
     if not quiet:
@@ -110,6 +119,23 @@ def _merge(out: Path, method: str, own: Mapping[str, float], workers: int | None
     )
 
 
+def _search(out: Path, own: Mapping[str, float], step: Callable[[str], None]) -> Row:
+    """Task arithmetic with a coefficient for each expert, found by Ray Tune on the calibration images."""
+    recipe = write_search(out)
+    found = api.search(recipe, out / "search", overwrite=True)
+    step("searched coefficients")
+    scores = _scores(found.out / "merged", recipe)
+    step("measured the best")
+    return Row(
+        name="search",
+        kind="merge",
+        path=found.out / "merged",
+        scores=scores,
+        share_kept=_share(scores, own),
+        elapsed_seconds=found.facts["elapsed_seconds"],
+    )
+
+
 def _scores(model: Path, recipe: Path) -> dict[str, float]:
     with on_one_core():
         found = api.evaluate(model, recipe)
@@ -131,6 +157,8 @@ def _epilogue(result: DemoResult) -> str:
         f"ordinary checkpoint in\n  {best.path}\n"
         f"Measure it again with\n"
         f"  {command} --experts\n"
+        f"search: a coefficient for each expert, by {SEARCH_TRIALS} trials on Ray Tune. Look at it with\n"
+        f"  {shlex.join(['raymerge', 'report', str(result.out / 'search')])}\n"
         f"{result.elapsed_seconds:.0f} s in all."
     )
 

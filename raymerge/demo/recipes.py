@@ -26,6 +26,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Of the search that is the demo's last act.
+SEARCH_TRIALS = 24
+
+
 def tasks(folder: Path) -> list[Task]:
     """One task per domain, on the test rows below `folder`; each expert is the reference for its own."""
     return [
@@ -52,8 +56,27 @@ def model_path(folder: Path, name: str) -> Path:
     return folder / "models" / name
 
 
+def write_search(folder: Path) -> Path:
+    """Write the recipe of a short search: a coefficient for each expert, on the labelled calibration images."""
+    recipe = _recipe(folder, "task_arithmetic")
+    del recipe["settings"]
+    valid = [{**task, "data": str(calibration_path(folder, task["task"]))} for task in recipe["evaluate"]]
+    recipe["search"] = {
+        "trials": SEARCH_TRIALS,
+        # One at a time: the same trials again.
+        "concurrent": 1,
+        "space": {"settings.coefficient": {"low": 0.0, "high": 1.0, "per": "expert"}},
+        "evaluate": [task for task in valid if task["task"] in EXPERTS],
+    }
+    return _write(folder, "search", recipe)
+
+
 def write_recipe(folder: Path, method: str) -> Path:
     """Write the recipe of a method below `folder`, ready for every verb; returns its path."""
+    return _write(folder, method, _recipe(folder, method))
+
+
+def _recipe(folder: Path, method: str) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "base": str(model_path(folder, "base")),
         "experts": {
@@ -67,6 +90,10 @@ def write_recipe(folder: Path, method: str) -> Path:
     if METHODS[method]:
         recipe["settings"] = dict(METHODS[method])
     recipe["evaluate"] = [task.model_dump(exclude_defaults=True) for task in tasks(folder)]
-    path = folder / "recipes" / f"{method}.yml"
-    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+    return recipe
+
+
+def _write(folder: Path, name: str, recipe: Mapping[str, Any]) -> Path:
+    path = folder / "recipes" / f"{name}.yml"
+    write_text(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     return path

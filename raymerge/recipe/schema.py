@@ -149,6 +149,16 @@ class Range(Part):
     filters: list[str] = Field(default_factory=list, description="a number for tensors named so, one for the others")
 
 
+class Layers(Part):
+    """A search for the order of blocks, of passthrough: all experts' blocks in a row, kept or left out."""
+
+    repeats: int = Field(default=1, gt=0, description="how often the row of all blocks is laid")
+    scale: Range | None = Field(default=None, description="of what blocks add after a hop to another expert")
+    scaled: list[str] = Field(
+        default_factory=lambda: ["o_proj", "down_proj"], description="parts of the names of what adds to the stream"
+    )
+
+
 Objective = Literal["mean_score", "worst_share_kept", "weighted_score", "perplexity", "entropy", "agreement"]
 
 
@@ -160,6 +170,7 @@ class Search(Part):
     space: dict[str, Range] = Field(
         default_factory=dict, description="settings.NAME, METHOD.settings.NAME or method; none: what the method has"
     )
+    layers: Layers | None = Field(default=None, description="instead of a space: which blocks stand where")
     objective: Annotated[
         list[Objective], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
     ] = Field(default=["mean_score"], min_length=1, description="several give a Pareto set, with nsga2")

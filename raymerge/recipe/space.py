@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from raymerge import methods
 from raymerge.errors import RecipeError, nearest
 from raymerge.methods.base import LearnedMethod, TensorMethod, default_of, is_per_expert, setting_fields
+from raymerge.recipe.layers import hops, slices_of, slots
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Range, Recipe, Scalar, Search
 
@@ -42,6 +43,8 @@ class Axis:
 def axes(recipe: Recipe) -> tuple[Axis, ...]:
     """All axes of a recipe's space, the method's own first. Raises RecipeError for what no trial could have."""
     search = _search(recipe)
+    if search.layers is not None:
+        return _layer_axes(recipe, search)
     space = search.space or _usual_space(methods.find(recipe.method))
     found: list[Axis] = []
     if "method" in space:
@@ -72,6 +75,10 @@ def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, S
     content = recipe.as_written()
     content.pop("search", None)
     content["method"] = str(values.get("method", recipe.method))
+    layers = _search(recipe).layers
+    if layers is not None:
+        content["slices"] = slices_of(recipe, layers, values)
+        return load_recipe(content)
     method = methods.find(content["method"])
     known = setting_fields(method)
     content["settings"] = {name: value for name, value in content.get("settings", {}).items() if name in known}
@@ -90,6 +97,21 @@ def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, S
 
 def _search(recipe: Recipe) -> Search:
     return recipe.search or Search()
+
+
+def _layer_axes(recipe: Recipe, search: Search) -> tuple[Axis, ...]:
+    assert search.layers is not None
+    if recipe.method != "passthrough" or recipe.slices is not None or search.space:
+        raise RecipeError("search.layers: method: passthrough is expected, without slices and without search.space")
+    # Kept above 0: numbers, not choices, so that every searcher can move along them.
+    kept = Range(low=-1.0, high=1.0)
+    found = [Axis(name=slot.name, setting="layers", range=kept, whole=False) for slot in slots(recipe, search.layers)]
+    if search.layers.scale is not None:
+        _check_range(search.layers.scale, "search.layers.scale")
+        found += [
+            Axis(name=name, setting="layers", range=search.layers.scale, whole=False) for name in hops(recipe).values()
+        ]
+    return tuple(found)
 
 
 def _axes_at(place: str, given: Range, recipe: Recipe) -> list[Axis]:

@@ -1,1 +1,1 @@
-"""What happened in a run, as facts; later, pages made from them. Read `facts.py`."""
+"""What happened in a run: its facts, and one HTML page made of them. Read `page.py` first, then `collect.py`."""

@@ -43,6 +43,7 @@ def write_trials(path: Path, trials: Sequence[Any], objectives: Sequence[str], l
         "share_of_rows": [trial.share for trial in trials],
         "merge_seconds": [trial.merge_seconds for trial in trials],
         "evaluate_seconds": [trial.evaluate_seconds for trial in trials],
+        "finished_at": [trial.finished_at for trial in trials],
         "error": [trial.error for trial in trials],
     }
     with replacing(path) as temporary:

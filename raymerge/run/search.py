@@ -56,7 +56,7 @@ class SearchJob:
 class Trial:
     """One trial: its numbers by axis, what it reached, or the error that ended it.
 
-    `share` is of the rows it has seen: below 1 where it was stopped early.
+    `share` is of the rows it has seen: below 1 where it was stopped early. `finished_at` is in seconds since 1970.
     """
 
     number: int
@@ -65,6 +65,7 @@ class Trial:
     share: float
     merge_seconds: float
     evaluate_seconds: float
+    finished_at: float
     error: str | None = None
 
     @property
@@ -155,7 +156,9 @@ class Suggest:
         for axis in self._axes:
             if axis.setting == "method":
                 method = self._draw(trial, axis)
-            elif axis.method in (None, method) and axis.setting in setting_fields(methods.find(method)):
+            elif axis.setting == "layers" or (
+                axis.method in (None, method) and axis.setting in setting_fields(methods.find(method))
+            ):
                 self._draw(trial, axis)
 
     @staticmethod
@@ -247,19 +250,17 @@ def _bench() -> Bench:
 def _trial(config: dict[str, Any], job: SearchJob) -> None:
     """One trial, in an actor that has done others."""
     torch.set_num_threads(max(1, int(job.cpus)))
-    begun = time.perf_counter()
     recipe = trial_recipe(job.recipe, job.axes, config)
     models, merge_seconds = _bench().merge(recipe, job.examiner.experts)
     evaluating = time.perf_counter()
     for found in job.examiner.examine(models):
-        now = time.perf_counter()
         tune.report(
             {
                 **found,
                 "percent": round(100 * found["share"]),
                 "merge_seconds": merge_seconds,
-                "evaluate_seconds": now - evaluating,
-                "trial_seconds": now - begun,
+                "evaluate_seconds": time.perf_counter() - evaluating,
+                "finished_at": time.time(),
             }
         )
 
@@ -277,6 +278,7 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
                 share=metrics.get("share", 0.0),
                 merge_seconds=metrics.get("merge_seconds", 0.0),
                 evaluate_seconds=metrics.get("evaluate_seconds", 0.0),
+                finished_at=metrics.get("finished_at", 0.0),
                 error=None if result.error is None else _last_line(result.error),
             )
         )

@@ -126,7 +126,7 @@ def test_table_fits_a_terminal() -> None:
 def test_whole_demo(tmp_path: Path) -> None:
     result = run_demo(tmp_path / "out", workers=2, quiet=True)
     rows = {row.name: row for row in result.rows}
-    assert list(rows) == ["base", *EXPERTS, *METHODS]
+    assert list(rows) == ["base", *EXPERTS, *METHODS, "search"]
     assert rows["base"].scores[CLEAN] > 0.9
     for name in EXPERTS:
         assert rows[name].scores[name] > 0.9
@@ -135,6 +135,7 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert result.best.mean > alone + 0.05
     assert result.best.name == "prodistill" and result.best.share_kept > 0.93
     assert (result.best.path / "config.json").is_file()
+    assert rows["search"].mean >= rows["task_arithmetic"].mean - 0.02
     # Again over its own folder, to the same scores.
     again = run_demo(tmp_path / "out", workers=1, quiet=True)
     assert [row.scores for row in again.rows] == [row.scores for row in result.rows]

@@ -31,7 +31,7 @@ def test_the_start_is_task_arithmetic() -> None:
         ({"batch_size": 0}, "settings.batch_size: found 0; 1 or more is expected"),
         ({"lr": 0.0}, "settings.lr: found 0.0; a number above 0 is expected"),
         ({"plateau": 1.0}, "settings.plateau: found 1.0"),
-        ({"correction_epochs": 3}, "settings.correction_epochs: corrects schedule: parallel; progressive needs none"),
+        ({"correction_epochs": 3}, "settings.correction_epochs: corrects schedule: parallel; the others need none"),
     ],
     ids=str,
 )

@@ -12,7 +12,8 @@ import transformers
 import yaml
 from command import raymerge, started, wait
 from samples import make_family
-from tiny import weights
+from tiny import load, make_llama, weights
+from tiny import recipe as plain
 
 from raymerge import api
 from raymerge.errors import RecipeError
@@ -93,6 +94,45 @@ def test_axes_and_the_recipes_they_make(tmp_path: Path) -> None:
     assert made.as_written()["settings"] == {
         "density": [{"filter": "attention", "value": 0.5}, {"filter": "*", "value": 0.6}]
     }
+
+
+def test_blocks_in_another_order(tmp_path: Path) -> None:
+    """Skips, repeats, an exchange and its scale: slices that merge as they say."""
+    for seed, name in ((0, "base"), (1, "a"), (2, "b")):
+        make_llama(tmp_path / name, seed, blocks=2)
+    asked = plain(tmp_path / "base", tmp_path / "a", tmp_path / "b", method="passthrough")
+    asked["search"] = {"layers": {"repeats": 2, "scale": {"low": 0.5, "high": 1.5}}}
+    recipe = load_recipe(asked)
+    found = axes(recipe)
+    names = list(recipe.experts)
+    first = [f"layers.0.{names[0]}.0", f"layers.0.{names[0]}.1", f"layers.0.{names[1]}.0"]
+    assert [axis.name for axis in found[:3]] == first
+    assert len(found) == 2 * 2 * 2 + 2
+    values = dict.fromkeys((axis.name for axis in found), -1.0)
+    one, two = names
+    for name in (f"layers.0.{one}.0", f"layers.0.{one}.1", f"layers.0.{two}.1", f"layers.1.{one}.1"):
+        values[name] = 0.5
+    values |= {f"scale[{one}>{two}]": 0.8, f"scale[{two}>{one}]": 1.2}
+    made = trial_recipe(recipe, found, values)
+    assert [{n: s.blocks for n, s in part.sources.items()} for part in made.slices or ()] == [
+        {one: (0, 2)},
+        {two: (1, 2)},
+        {one: (1, 2)},
+    ]
+    api.merge(made, tmp_path / "out", local=True)
+    merged = load(tmp_path / "out")
+    experts = {name: load(Path(expert.path)) for name, expert in recipe.experts.items()}
+    part = "mlp.down_proj.weight"
+    assert torch.equal(merged[f"model.layers.1.{part}"], experts[one][f"model.layers.1.{part}"])
+    assert torch.allclose(merged[f"model.layers.2.{part}"], 0.8 * experts[two][f"model.layers.1.{part}"])
+    assert torch.allclose(merged[f"model.layers.3.{part}"], 1.2 * experts[one][f"model.layers.1.{part}"])
+    part = "mlp.up_proj.weight"
+    assert torch.equal(merged[f"model.layers.2.{part}"], experts[two][f"model.layers.1.{part}"])
+    models, _ = Bench().merge(made, [None])
+    state = models[None].state_dict()
+    assert all(torch.equal(state[name], value.float()) for name, value in merged.items())
+    with pytest.raises(RecipeError, match="search.layers: this trial keeps no block"):
+        trial_recipe(recipe, found, dict.fromkeys(values, -1.0))
 
 
 @pytest.mark.parametrize(

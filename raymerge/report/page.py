@@ -1,0 +1,37 @@
+"""A report as one HTML file that needs nothing else: no scripts, no fonts or pictures from elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from raymerge.checkpoint.writer import write_text
+from raymerge.report.collect import Section, collect
+
+PICTURES = "raymerge/pictures"
+
+
+def write_report(out: Path) -> Path:
+    """Write `report.html` into an output folder, and its pictures as files; returns the page's path.
+
+    Raises RayMergeError if the folder is no output of RayMerge.
+    """
+    sections = collect(out)
+    for section in sections:
+        for picture in section.pictures:
+            picture.save(out / PICTURES)
+    page = out / "report.html"
+    write_text(page, render(out.absolute().name, sections))
+    return page
+
+
+def render(name: str, sections: Sequence[Section]) -> str:
+    """The page; whatever comes from recipes, checkpoints and errors is escaped."""
+    environment = Environment(
+        loader=PackageLoader("raymerge", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(name=name, sections=sections)
