@@ -21,7 +21,7 @@ from raymerge.plan.schema import Plan
 from raymerge.plan.units import discard_units
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
-from raymerge.report.facts import write_facts
+from raymerge.report.facts import EVALUATION, write_facts
 from raymerge.run.merge import Progress, run_plan
 from raymerge.run.pool import LocalPool, Pool
 
@@ -144,6 +144,7 @@ def search(
     from raymerge.evaluate.examiner import check_search, make_examiner
     from raymerge.evaluate.objectives import LOWER_IS_BETTER
     from raymerge.recipe.space import axes, trial_recipe
+    from raymerge.report.page import write_report
     from raymerge.report.search import read_search, search_digest, write_search
     from raymerge.report.trials import best_of, write_trials
     from raymerge.run.search import SearchJob, discard_experiment, run_search
@@ -172,6 +173,7 @@ def search(
         best = best_of(trials, objectives, lower)
         chosen = trial_recipe(loaded, found, best.values)
         merged = merge(chosen, workspace.folder / "merged", progress=progress).out
+        test = _measure_all(merged, chosen) if chosen.evaluate else None
         write_trials(workspace.folder / "trials.parquet", trials, objectives, lower)
         write_text(workspace.folder / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))
         write_search(
@@ -181,8 +183,9 @@ def search(
             objectives=objectives,
             searcher=asked.searcher,
             elapsed_seconds=time.perf_counter() - begun,
-            test=json.loads(evaluate(merged, chosen, experts=True).to_json()) if chosen.evaluate else None,
+            test=test,
         )
+        write_report(workspace.folder, workspace.out.name)
         discard_experiment(workspace.folder)
         workspace.publish()
     return SearchResult(out=workspace.out, facts=read_search(workspace.out))
@@ -225,7 +228,6 @@ def report(out: str | Path, *, measure: bool = True) -> Path:
     `measure` has the recipe's evaluation tasks measured first, on the merged model, the experts and the base, where
     that was not done before. Raises RayMergeError if `out` is no output.
     """
-    from raymerge.report.collect import EVALUATION
     from raymerge.report.page import write_report
 
     folder = Path(out)
@@ -233,14 +235,14 @@ def report(out: str | Path, *, measure: bool = True) -> Path:
     recipe = merged / "raymerge" / "recipe.yml"
     if measure and recipe.is_file() and not (merged / EVALUATION).is_file() and load_recipe(recipe).evaluate:
         try:
-            write_text(merged / EVALUATION, json.dumps(_measure_all(merged, load_recipe(recipe)), indent=2))
+            _measure_all(merged, load_recipe(recipe))
         except UserError as problem:
             logger.warning(f"scores are not in the report: {problem}")
-    return write_report(folder)
+    return write_report(folder, folder.absolute().name)
 
 
 def _measure_all(merged: Path, recipe: Recipe) -> dict[str, Any]:
-    """Scores of a merged model, the base and the experts by task."""
+    """Measure a merged model, the base and the experts on their tasks, and keep the scores beside the model."""
     found = evaluate(merged, recipe, experts=True)
     base = evaluate(recipe.base, recipe).tasks if recipe.base is not None else {}
     tasks = {
@@ -253,7 +255,9 @@ def _measure_all(merged: Path, recipe: Recipe) -> dict[str, Any]:
         }
         for name, one in found.tasks.items()
     }
-    return {"tasks": tasks, "mean": found.mean}
+    measured = {"tasks": tasks, "mean": found.mean}
+    write_text(merged / EVALUATION, json.dumps(measured, indent=2) + "\n")
+    return measured
 
 
 def _pool(planned: Plan, recipe: Recipe, local: bool) -> Pool:

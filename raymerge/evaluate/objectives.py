@@ -33,14 +33,14 @@ def check_objectives(search: Search, tasks: Sequence[Task]) -> None:
             raise RecipeError(f"{where}: {texts[0]} has perplexity, which is no share of what is right")
         if objective == "perplexity" and not texts:
             raise RecipeError(f"{where}: no task has kind: perplexity")
-        if objective == "worst_share_kept" or objective == "agreement":
+        if objective in ("worst_share_kept", "agreement"):
             orphan = next((task.task for task in tasks if task.expert is None), None)
             if orphan is not None:
                 raise RecipeError(f"{where}: search.evaluate: {orphan} names no expert to compare with")
-        if objective == "weighted_score" and (unknown := set(search.weights) - set(classes) or not search.weights):
-            raise RecipeError(
-                f"{where}: search.weights: a number for some of {', '.join(classes)} is expected; {unknown}"
-            )
+        unknown = [name for name in search.weights if name not in classes]
+        if objective == "weighted_score" and (unknown or not search.weights):
+            found = f", found {unknown[0]}" if unknown else ""
+            raise RecipeError(f"{where}: search.weights: numbers for some of {', '.join(classes)} are expected{found}")
 
 
 def value_of(

@@ -16,10 +16,9 @@ from raymerge.plan.build import build_plan
 from raymerge.recipe.load import load_recipe
 from raymerge.report import plots
 from raymerge.report.agreement import OUTSIDE, measure_agreement
+from raymerge.report.facts import EVALUATION
 from raymerge.report.importance import importance
 from raymerge.report.plots import Picture
-
-EVALUATION = "raymerge/evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,9 @@ from raymerge.plan.execute import ShardReport
 from raymerge.plan.schema import Plan
 from raymerge.plan.units import read_fits
 
+# Scores of a merged model, the base and the experts, where they were measured.
+EVALUATION = "raymerge/evaluation.json"
+
 PACKAGES = ("torch", "transformers", "safetensors", "ray", "deepspeed", "numpy")
 
 

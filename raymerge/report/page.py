@@ -11,8 +11,8 @@ from raymerge.report.collect import Section, collect
 PICTURES = "raymerge/pictures"
 
 
-def write_report(out: Path) -> Path:
-    """Write `report.html` into an output folder, and its pictures as files; returns the page's path.
+def write_report(out: Path, name: str) -> Path:
+    """Write `report.html`, titled `name`, into an output folder, and its pictures as files; returns the page's path.
 
     Raises RayMergeError if the folder is no output of RayMerge.
     """
@@ -21,7 +21,7 @@ def write_report(out: Path) -> Path:
         for picture in section.pictures:
             picture.save(out / PICTURES)
     page = out / "report.html"
-    write_text(page, render(out.absolute().name, sections))
+    write_text(page, render(name, sections))
     return page
 
 

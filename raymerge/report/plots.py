@@ -96,7 +96,7 @@ def heat_map(
             for x, value in enumerate(row):
                 colour = "white" if value < middle else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, pad=0.02)
     return Picture(name=name, caption=caption, figure=figure)
 
 

@@ -242,16 +242,18 @@ def _shown(values: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _bench() -> Bench:
+def _bench(device: str) -> Bench:
     """What the trials of this process share."""
-    return Bench()
+    return Bench(device)
 
 
 def _trial(config: dict[str, Any], job: SearchJob) -> None:
     """One trial, in an actor that has done others."""
     torch.set_num_threads(max(1, int(job.cpus)))
     recipe = trial_recipe(job.recipe, job.axes, config)
-    models, merge_seconds = _bench().merge(recipe, job.examiner.experts)
+    models, merge_seconds = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu").merge(
+        recipe, job.examiner.experts
+    )
     evaluating = time.perf_counter()
     for found in job.examiner.examine(models):
         tune.report(

@@ -42,7 +42,8 @@ class _Network:
 class Bench:
     """Keeps what trials have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._tensors: dict[str, Tensor] = {}
         self._networks: dict[str | None, _Network] = {}
         self._config: Mapping[str, Any] | None = None
@@ -90,7 +91,7 @@ class Bench:
             model = heads.assemble(
                 self._tensors, planned.config, where, owner, tuple(tensor.name for tensor in head.tensors)
             )
-        load.place(model, "cpu")
+        load.place(model, self._device)
         self._share_trunk(model)
         return _Network(model, Conversion(model))
 
