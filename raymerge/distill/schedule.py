@@ -155,7 +155,9 @@ class Distiller:
 
     def _enter(self, stack: Stack, path: Path) -> None:
         outside = list(self._trunk.outside)
-        first = block_parameters(stack, 0, self._source.initial(self._names(stack, 0)))
+        # Only to see what blocks hand on, which the path before this one has, or the stage before this one.
+        known = stack.name in self._trunk.num_handed
+        first = {} if known else block_parameters(stack, 0, self._source.initial(self._names(stack, 0)))
         if path == "student":
             self._walk.enter(stack, path, None, self._source.initial(outside, written=True), first)
             return
