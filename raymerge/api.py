@@ -141,38 +141,39 @@ def search(
     no trial comes to its end.
     """
     # Ray Tune and scikit-learn take seconds to import.
-    from raymerge.evaluate.examiner import check_search, make_examiner
+    from raymerge.evaluate.examiner import check_search, make_examiner, task_hashes
     from raymerge.evaluate.objectives import LOWER_IS_BETTER
-    from raymerge.recipe.space import axes, trial_recipe
+    from raymerge.recipe.space import axes, first_recipes, trial_recipe
     from raymerge.report.page import write_report
     from raymerge.report.search import read_search, search_digest, write_search
     from raymerge.report.trials import best_of, write_trials
-    from raymerge.run.search import SearchJob, discard_experiment, run_search
+    from raymerge.run.search import SearchJob, check_searcher, discard_experiment, run_search
 
     begun = time.perf_counter()
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe).anchored()
     if loaded.search is None:
         raise RecipeError("search: missing; say what is searched, at least the tasks under search.evaluate")
     asked, found = loaded.search, axes(loaded)
     check_search(loaded, asked)
-    planned = _plan(loaded, weightless=False)
+    planned, *_ = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
     objectives = tuple(asked.objective)
     lower = tuple(objective in LOWER_IS_BETTER for objective in objectives)
-    with open_workspace(Path(out), search_digest(planned, loaded), overwrite) as workspace:
+    job = SearchJob(
+        recipe=loaded,
+        axes=found,
+        examiner=make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model])),
+        objectives=objectives,
+        lower=lower,
+        cpus=asked.cpus_per_trial,
+    )
+    check_searcher(job, asked)
+    with open_workspace(Path(out), search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
             return SearchResult(out=workspace.out, facts=read_search(workspace.out))
-        job = SearchJob(
-            recipe=loaded,
-            axes=found,
-            examiner=make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model])),
-            objectives=objectives,
-            lower=lower,
-            cpus=asked.cpus_per_trial,
-        )
         trials = run_search(job, asked, workspace.folder, progress or (lambda *_: None))
         best = best_of(trials, objectives, lower)
         chosen = trial_recipe(loaded, found, best.values)
-        merged = merge(chosen, workspace.folder / "merged", progress=progress).out
+        merged = merge(chosen, workspace.folder / "merged", overwrite=True, progress=progress).out
         test = _measure_all(merged, chosen) if chosen.evaluate else None
         write_trials(workspace.folder / "trials.parquet", trials, objectives, lower)
         write_text(workspace.folder / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))

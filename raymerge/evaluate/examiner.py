@@ -1,10 +1,11 @@
 """Examine models that come one after the other on the same rows: what a search asks of each trial."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raymerge.errors import RecipeError
+from raymerge.errors import LearningError, RecipeError
 from raymerge.evaluate.objectives import Reference, check_objectives, value_of
 from raymerge.evaluate.rounds import Prepared, Round, prepare
 from raymerge.evaluate.rows import check_task, open_rows
@@ -41,6 +42,9 @@ class Examiner:
             values: dict[str, float] = {
                 str(name): value_of(name, outcomes, self.references, self.weights) for name in self.objectives
             }
+            broken = next((name for name, value in values.items() if math.isnan(value)), None)
+            if broken is not None:
+                raise LearningError(f"{broken} is not a number: the merged model's outputs overflow")
             scores = {f"score.{task}": found.score for task, found in outcomes.items()}
             yield {**values, **scores, "share": share}
 
@@ -65,6 +69,12 @@ def check_search(recipe: Recipe, search: Search) -> None:
                 f"see the test data; give it other rows"
             )
     check_objectives(search, search.evaluate)
+
+
+def task_hashes(recipe: Recipe) -> list[str]:
+    """What identifies the rows of all tasks, those of the search first."""
+    tasks = [*(recipe.search.evaluate if recipe.search else ()), *recipe.evaluate]
+    return [file for task in tasks for file in sorted(open_rows(task).file_hashes())]
 
 
 def make_examiner(recipe: Recipe, search: Search, tokenizer_from: str) -> Examiner:

@@ -72,6 +72,7 @@ class LearningPlanner:
                 find_calibration(name, expert.calibration) for name, expert in experts.items() if expert.calibration
             ),
             keep_moved=self._recipe.output.coefficients,
+            precision=self._recipe.compute.precision,
         )
 
     def costs(self, budget: int | None) -> tuple[UnitCost, ...]:

@@ -154,13 +154,15 @@ class Unit:
 class Distillation:
     """The learned part of a plan, in the order it is done.
 
-    `blocks` names the list of blocks, empty where it is clear; `keep_moved`: coefficients are written.
+    `blocks` names the list of blocks, empty where it is clear; `keep_moved`: coefficients are written; `precision` is
+    the dtype in which blocks run.
     """
 
     units: tuple[Unit, ...]
     blocks: str
     calibrations: tuple[Calibration, ...]
     keep_moved: bool
+    precision: str
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)

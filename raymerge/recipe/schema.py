@@ -1,5 +1,6 @@
 """The recipe, as a user writes it in YAML. Unknown keys and wrong types are refused."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -165,7 +166,7 @@ Objective = Literal["mean_score", "worst_share_kept", "weighted_score", "perplex
 class Search(Part):
     """What is searched, how, and on what."""
 
-    trials: int = Field(default=32, gt=0)
+    trials: int = Field(default=32, gt=0, description="how many; a grid has as many as it has points")
     searcher: Literal["tpe", "random", "grid", "cmaes", "nsga2"] = "tpe"
     space: dict[str, Range] = Field(
         default_factory=dict, description="settings.NAME, METHOD.settings.NAME or method; none: what the method has"
@@ -220,6 +221,22 @@ class Recipe(Part):
         copy = self.model_copy(update={"compute": self.compute.model_copy(update=given)})
         return copy.annotated(self._notes, self._required)
 
+    def anchored(self) -> "Recipe":
+        """The same recipe with absolute paths, for workers that stand in other folders."""
+        experts = {
+            name: expert.model_copy(
+                update={"path": _absolute_folder(expert.path), "calibration": _absolute(expert.calibration)}
+            )
+            for name, expert in self.experts.items()
+        }
+        changes: dict[str, Any] = {"experts": experts, "evaluate": [_anchored(task) for task in self.evaluate]}
+        if self.base is not None:
+            changes["base"] = _absolute_folder(self.base)
+        if self.search is not None:
+            tasks = [_anchored(task) for task in self.search.evaluate]
+            changes["search"] = self.search.model_copy(update={"evaluate": tasks})
+        return self.model_copy(update=changes).annotated(self._notes, self._required)
+
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, without what was left at its default."""
         return self.model_dump(exclude_defaults=True, mode="json")
@@ -229,3 +246,16 @@ class Recipe(Part):
         copy = self.model_copy()
         copy._notes, copy._required = notes, required
         return copy
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_folder(place: str) -> str:
+    """A folder's absolute path; what is no folder is a hub id, and stays."""
+    return str(_absolute(place)) if Path(place).expanduser().is_dir() else place
+
+
+def _anchored(task: Task) -> Task:
+    return task.model_copy(update={"data": _absolute(task.data)})

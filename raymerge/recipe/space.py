@@ -70,6 +70,18 @@ def candidates(recipe: Recipe) -> tuple[str, ...]:
     return tuple(map(str, space["method"].choices or ())) if "method" in space else (recipe.method,)
 
 
+def first_recipes(recipe: Recipe, found: tuple[Axis, ...]) -> list[Recipe]:
+    """A recipe of each method that trials may have, for a look at what does not fit before any trial."""
+    values: dict[str, Scalar] = {}
+    for axis in found:
+        given = axis.range
+        # A block is kept above 0; elsewhere the low end is as good as any.
+        number = given.high if axis.setting == "layers" else given.low
+        assert given.choices or number is not None
+        values[axis.name] = given.choices[0] if given.choices else int(number or 0) if axis.whole else number or 0.0
+    return [trial_recipe(recipe, found, {**values, "method": method}) for method in candidates(recipe)]
+
+
 def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, Scalar]) -> Recipe:
     """The recipe of one trial, without its search; `values` go by the axes' names. Raises RecipeError."""
     content = recipe.as_written()
@@ -81,7 +93,8 @@ def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, S
         return load_recipe(content)
     method = methods.find(content["method"])
     known = setting_fields(method)
-    content["settings"] = {name: value for name, value in content.get("settings", {}).items() if name in known}
+    for part in (content, *content["experts"].values()):
+        part["settings"] = {name: value for name, value in part.get("settings", {}).items() if name in known}
     groups: dict[tuple[str | None, str], list[Axis]] = {}
     for axis in found:
         if axis.setting in known and axis.name in values and axis.method in (None, content["method"]):
@@ -91,7 +104,7 @@ def trial_recipe(recipe: Recipe, found: tuple[Axis, ...], values: Mapping[str, S
         if expert is None:
             content["settings"][setting] = value
         else:
-            content["experts"][expert].setdefault("settings", {})[setting] = value
+            content["experts"][expert]["settings"][setting] = value
     return load_recipe(content)
 
 
@@ -128,12 +141,16 @@ def _axes_at(place: str, given: Range, recipe: Recipe) -> list[Axis]:
     if not owners:
         known = [known for name in possible for known in setting_fields(methods.find(name))]
         raise RecipeError(f"{where}: {', '.join(possible)} has no such setting; {nearest(setting, known)}")
-    method = methods.find(owners[0])
-    field = setting_fields(method)[setting]
     _check_range(given, where)
-    if given.per == "expert" and not is_per_expert(field):
-        raise RecipeError(f"{where}.per: {setting} of {owners[0]} is one for all experts; leave per out")
-    whole = not is_per_expert(field) and get_type_hints(method)[setting] is int
+    masked = next((name for name, expert in recipe.experts.items() if setting in expert.settings), None)
+    if masked is not None:
+        raise RecipeError(f"{where}: experts.{masked}.settings.{setting} stands above it; leave one of them out")
+    for owner in owners:
+        if given.per == "expert" and not is_per_expert(setting_fields(methods.find(owner))[setting]):
+            raise RecipeError(f"{where}.per: {setting} of {owner} is one for all experts; leave per out")
+    whole = {_is_whole(methods.find(owner), setting) for owner in owners}
+    if len(whole) > 1:
+        raise RecipeError(f"{where}: {setting} is a whole number for some of {', '.join(owners)}; name one method")
     found = []
     for expert in recipe.experts if given.per == "expert" else (None,):
         for part in (*given.filters, "*") if given.filters else (None,):
@@ -144,7 +161,7 @@ def _axes_at(place: str, given: Range, recipe: Recipe) -> list[Axis]:
                         name=f"{name}@{knot}" if given.knots > 1 else name,
                         setting=setting,
                         range=given,
-                        whole=whole,
+                        whole=whole == {True},
                         method=only or None,
                         expert=expert,
                         knot=knot,
@@ -175,6 +192,10 @@ def _usual_space(method: type[TensorMethod]) -> dict[str, Range]:
         for name in names
         if name in own and (is_per_expert(own[name]) or _is_number(default_of(own[name])))
     }
+
+
+def _is_whole(method: type[TensorMethod], setting: str) -> bool:
+    return not is_per_expert(setting_fields(method)[setting]) and get_type_hints(method)[setting] is int
 
 
 def _is_number(default: Any) -> bool:

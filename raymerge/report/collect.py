@@ -148,8 +148,11 @@ def _coefficients(merged: Path) -> Iterator[Section]:
     sums: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, torch.Tensor] = {}
     with safe_open(str(path), framework="pt") as tensors:
+        named = sorted(load_recipe(merged / "raymerge" / "recipe.yml").experts, key=len, reverse=True)
         for key in sorted(tensors.keys(), key=natural_order):
-            expert, _, name = key.partition(".")
+            # Names of experts may have dots in them.
+            expert = next(one for one in named if key.startswith(f"{one}."))
+            name = key.removeprefix(f"{expert}.")
             value = tensors.get_tensor(key).flatten().float()
             block = block_name(name)
             place = OUTSIDE if block is None else f"{block.prefix}.{block.index}"

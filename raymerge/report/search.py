@@ -13,12 +13,15 @@ from raymerge.recipe.schema import Recipe
 FACTS = "raymerge/search.json"
 
 
-def search_digest(plan: Plan, recipe: Recipe) -> str:
-    """Identifies a search: its inputs, its space and its tasks; how many trials run at once does not matter."""
+def search_digest(plan: Plan, recipe: Recipe, hashes: Sequence[str]) -> str:
+    """Identifies a search: its inputs, its space, and its tasks with the `hashes` of their files.
+
+    How many trials run at once is no part of it: a search that goes on keeps to what it began with.
+    """
     assert recipe.search is not None
     asked = recipe.search.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"})
     tests = [task.model_dump(mode="json") for task in recipe.evaluate]
-    return hashlib.sha256(json.dumps([plan.digest, asked, tests]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plan.digest, asked, tests, list(hashes)]).encode()).hexdigest()
 
 
 def write_search(

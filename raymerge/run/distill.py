@@ -57,7 +57,6 @@ class DistillJob:
 
     plan: Plan
     folder: Path
-    dtype: str
     device: str
     stage: Stage = Stage()
 
@@ -83,9 +82,7 @@ def run_distillation(plan: Plan, folder: Path, recipe: Recipe, local: bool, prog
 
 
 def _run(plan: Plan, folder: Path, compute: Compute, local: bool, tell: Tell) -> int:
-    job = DistillJob(
-        plan=plan, folder=folder, dtype=compute.precision, device="cuda" if compute.gpus_per_worker else "cpu"
-    )
+    job = DistillJob(plan=plan, folder=folder, device="cuda" if compute.gpus_per_worker else "cpu")
     workers = compute.workers or 1
     if workers == 1 and not compute.zero_stage and not compute.gpus_per_worker:
         with _all_cores():
@@ -172,7 +169,7 @@ def distill(job: DistillJob, group: Group, make_engine: MakeEngine, tell: Tell) 
         weights = PlanWeights(plan, trunk, reader)
         trunk.leave_out(weights.missing)
         batches = read_batches(plan.distillation.calibrations, _reading(plan, method, trunk))
-        walk = Walk(trunk, batches, group, getattr(torch, job.dtype))
+        walk = Walk(trunk, batches, group, getattr(torch, plan.distillation.precision))
         units = PlanUnits(plan, job.folder, trunk, weights, group)
         told = _Teller(plan, tell) if group.rank == 0 else None
         Distiller(

@@ -1,6 +1,7 @@
 """Ray Tune over the space of a recipe: Optuna's samplers suggest, ASHA stops, actors keep what trials share."""
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("raymerge")
 
 EXPERIMENT = "tune"
+NUMBER = "number of the trial"
 
 
 class Examiner(Protocol):
@@ -79,7 +81,8 @@ def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress)
 
     Raises RecipeError if the searcher cannot search this space.
     """
-    sampler = _sampler(search, job)
+    _reporting.clear()
+    _reporting.append(progress)
     # Ray's newer output prints a banner whatever it is told.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     connect()
@@ -87,16 +90,35 @@ def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, job=job), {"CPU": search.cpus_per_trial, "GPU": job.recipe.compute.gpus_per_worker}
     )
-    if tune.Tuner.can_restore(str(storage)):
-        tuner = tune.Tuner.restore(str(storage), trainable=trainable, resume_unfinished=True)
+    if tune.Tuner.can_restore(str(storage)) and list(storage.glob("experiment_state-*.json")):
+        tuner = tune.Tuner.restore(str(storage), trainable=trainable, restart_errored=True)
     else:
-        tuner = _new_tuner(trainable, job, search, sampler, storage, progress)
-    return _trials(tuner.fit(), job)
+        discard_experiment(folder)
+        tuner = _new_tuner(trainable, job, search, storage)
+    found = _trials(tuner.fit(), job)
+    total = _num_trials(search, job)
+    ended = [trial for trial in found if trial.error is not None or trial.share > 0]
+    if len(ended) < total:
+        raise RayMergeError(
+            f"search: stopped after {len(ended)} of {total} trials; the same command goes on from there"
+        )
+    if not any(trial.is_whole for trial in found):
+        # Nothing that is worth going on from.
+        discard_experiment(folder)
+        raise RayMergeError(f"search: no trial came to its end; the first said: {found[0].error}")
+    return found
 
 
-def _new_tuner(
-    trainable: Any, job: SearchJob, search: Search, sampler: Any, storage: Path, progress: Progress
-) -> tune.Tuner:
+# Whom the callbacks of a search tell; they are pickled with it, and a bar on a terminal cannot be.
+_reporting: list[Progress] = []
+
+
+def check_searcher(job: SearchJob, search: Search) -> None:
+    """Raise RecipeError if the searcher cannot search this space."""
+    _sampler(search, job)
+
+
+def _new_tuner(trainable: Any, job: SearchJob, search: Search, storage: Path) -> tune.Tuner:
     modes = ["min" if lower else "max" for lower in job.lower]
     many = len(modes) > 1
     names = list(job.objectives)
@@ -105,7 +127,7 @@ def _new_tuner(
         space=Suggest(job.axes, job.recipe.method),
         metric=names if many else names[0],
         mode=modes if many else modes[0],
-        sampler=sampler,
+        sampler=_sampler(search, job),
     )
     if search.concurrent:
         suggest = ConcurrencyLimiter(suggest, max_concurrent=search.concurrent)
@@ -130,7 +152,7 @@ def _new_tuner(
             name=storage.name,
             storage_path=str(storage.parent.absolute()),
             failure_config=tune.FailureConfig(max_failures=0),
-            callbacks=[_Teller(progress, _num_trials(search, job), names[0])],
+            callbacks=[_Teller(_num_trials(search, job), names[0])],
             verbose=0,
         ),
     )
@@ -148,7 +170,8 @@ class Suggest:
         self._axes = tuple(axes)
         self._method = method
 
-    def __call__(self, trial: Any) -> None:
+    def __call__(self, trial: Any) -> dict[str, int]:
+        """Draw; also returns the number of the trial, which survives that Tune orders them otherwise."""
         from raymerge import methods
         from raymerge.methods.base import setting_fields
 
@@ -160,6 +183,7 @@ class Suggest:
                 axis.method in (None, method) and axis.setting in setting_fields(methods.find(method))
             ):
                 self._draw(trial, axis)
+        return {NUMBER: trial.number}
 
     @staticmethod
     def _draw(trial: Any, axis: Axis) -> Any:
@@ -209,36 +233,39 @@ def _grid(job: SearchJob) -> dict[str, list[Any]]:
 
 
 def _num_trials(search: Search, job: SearchJob) -> int:
+    """As many as the recipe says; a grid has as many as it has points."""
     if search.searcher != "grid":
         return search.trials
     count = 1
     for values in _grid(job).values():
         count *= len(values)
-    return min(search.trials, count)
+    return count
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]
     """Says how far a search is, and what each trial reached."""
 
-    def __init__(self, progress: Progress, total: int, objective: str) -> None:
-        self._progress = progress
+    def __init__(self, total: int, objective: str) -> None:
         self._total = total
         self._objective = objective
-        self._done = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._done += 1
-        value = (trial.last_result or {}).get(self._objective)
-        logger.info(f"trial {self._done} of {self._total}: {self._objective} {value:.4f}, {_shown(trial.config)}")
-        self._progress("searching", self._done, self._total)
+        value = (trial.last_result or {}).get(self._objective, math.nan)
+        logger.info(f"{self._moved(trials, trial)}: {self._objective} {value:.4f}, {_shown(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._done += 1
-        logger.warning(f"trial {self._done} of {self._total} failed: {_shown(trial.config)}")
+        logger.warning(f"{self._moved(trials, trial)} failed: {_shown(trial.config)}")
+
+    def _moved(self, trials: list[Any], trial: Any) -> str:
+        done = sum(one.is_finished() or one is trial for one in trials)
+        for progress in _reporting:
+            progress("searching", done, self._total)
+        return f"trial {done} of {self._total}"
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if name != NUMBER)
 
 
 @lru_cache(maxsize=1)
@@ -269,13 +296,14 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
 
 def _trials(grid: Any, job: SearchJob) -> list[Trial]:
     found = []
-    for number, result in enumerate(grid):
+    for result in grid:
+        values = dict(result.config or {})
         metrics = result.metrics or {}
         named = {name: metrics[name] for name in metrics if name in job.objectives or name.startswith("score.")}
         found.append(
             Trial(
-                number=number,
-                values=dict(result.config or {}),
+                number=values.pop(NUMBER),
+                values=values,
                 scores=named,
                 share=metrics.get("share", 0.0),
                 merge_seconds=metrics.get("merge_seconds", 0.0),
@@ -284,11 +312,9 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
                 error=None if result.error is None else _last_line(result.error),
             )
         )
-    if not any(trial.is_whole for trial in found):
-        raise RayMergeError(f"search: no trial came to its end; the first said: {next((t.error for t in found), None)}")
-    return found
+    return sorted(found, key=lambda trial: trial.number)
 
 
 def _last_line(problem: Exception) -> str:
     cause = getattr(problem, "cause", None) or problem
-    return str(cause).strip().splitlines()[-1]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[-1]

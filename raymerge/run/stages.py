@@ -13,6 +13,8 @@ from raymerge.run.train import train
 
 # Whether groups fit on single nodes shows at once; a cluster that has to grow for them may take longer.
 PLACEMENT_SECONDS = 30
+# Between two looks whether a stage's node is still there.
+LOOK_SECONDS = 5
 
 
 def train_stages(jobs: Sequence[DistillJob], workers: int, compute: Compute) -> int:
@@ -28,12 +30,21 @@ def train_stages(jobs: Sequence[DistillJob], workers: int, compute: Compute) -> 
     nodes = _spread({"CPU": cpus, "GPU": gpus}, len(jobs))
     # Waits for its group only, and ends with it when it is cancelled.
     task = ray.remote(num_cpus=0, max_retries=0)(train)
-    running = [task.remote(job, workers, compute, node) for job, node in zip(jobs, nodes, strict=True)]
+    running = {task.remote(jobs[stage], workers, compute, node): stage for stage, node in enumerate(nodes)}
     peaks: list[int] = []
     try:
         while running:
-            (done,), running = ray.wait(running, num_returns=1)
-            peaks.append(result_of(done))
+            for done in ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)[0]:
+                del running[done]
+                peaks.append(result_of(done))
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            for lost, stage in list(running.items()):
+                if nodes[stage] is not None and nodes[stage] not in alive:
+                    # Ray would wait for this very node; elsewhere the stage goes on from its last finished block.
+                    ray.cancel(lost, force=True)
+                    del running[lost]
+                    nodes[stage] = None
+                    running[task.remote(jobs[stage], workers, compute, None)] = stage
     finally:
         for left in running:
             ray.cancel(left, force=True)

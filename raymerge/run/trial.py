@@ -17,13 +17,14 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.distill.engine import Alone, PlainEngine
 from raymerge.models import heads, load
 from raymerge.models.conversion import Conversion
 from raymerge.plan.build import build_plan
 from raymerge.plan.execute import merge_into
-from raymerge.plan.schema import Plan
+from raymerge.plan.schema import Plan, Shard
 from raymerge.recipe.schema import Recipe
-from raymerge.run.distill import run_distillation
+from raymerge.run.distill import DistillJob, distill
 from raymerge.run.merge import run_plan, statistics
 from raymerge.run.pool import LocalPool
 
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
 HEADS = "raymerge/heads/"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Network:
+    """A model that trials fill, but for the parameters `own`, which are its expert's head."""
+
     model: "PreTrainedModel"
     conversion: Conversion
+    own: frozenset[str]
 
 
 class Bench:
@@ -55,21 +59,23 @@ class Bench:
         """
         planned = build_plan(recipe)
         begun = time.perf_counter()
-        self._merge(planned, recipe)
+        self._merge(planned)
         elapsed = time.perf_counter() - begun
         if planned.config != self._config:
             self._networks.clear()
             self._config = planned.config
         filled: set[int] = set()
-        for expert in experts:
-            if expert not in self._networks:
-                self._networks[expert] = self._build(planned, expert)
-            self._fill(self._networks[expert], filled)
-        return {expert: self._networks[expert].model for expert in experts}, elapsed
+        # Experts without a head of their own share one model, whatever it ties.
+        owners = {expert: expert if _head(planned, expert) else None for expert in experts}
+        for owner in dict.fromkeys(owners.values()):
+            if owner not in self._networks:
+                self._networks[owner] = self._build(planned, owner)
+            self._fill(self._networks[owner], filled)
+        return {expert: self._networks[owner].model for expert, owner in owners.items()}, elapsed
 
-    def _merge(self, planned: Plan, recipe: Recipe) -> None:
+    def _merge(self, planned: Plan) -> None:
         if planned.distillation is not None:
-            self._tensors = _learned(planned, recipe)
+            self._tensors = _learned(planned, self._device)
             return
         trunk = [n for n, shard in enumerate(planned.shards) if not shard.file.startswith(HEADS)]
         wanted = {t.name: (t.shape, DTYPES[t.dtype]) for n in trunk for t in planned.shards[n].tensors}
@@ -81,19 +87,20 @@ class Bench:
             pass
 
     def _build(self, planned: Plan, expert: str | None) -> _Network:
-        file = f"{HEADS}{expert}/model.safetensors"
-        head = next((shard for shard in planned.shards if shard.file == file), None)
+        head = _head(planned, expert)
         where = f"the merge of {', '.join(model.name for model in planned.models)}"
+        names: tuple[str, ...] = ()
         if head is None:
             model = heads.assemble(self._tensors, planned.config, where)
         else:
             owner = open_checkpoint(str(next(m.location for m in planned.models if m.name == expert)))
-            model = heads.assemble(
-                self._tensors, planned.config, where, owner, tuple(tensor.name for tensor in head.tensors)
-            )
+            names = tuple(tensor.name for tensor in head.tensors)
+            model = heads.assemble(self._tensors, planned.config, where, owner, names)
         load.place(model, self._device)
         self._share_trunk(model)
-        return _Network(model, Conversion(model))
+        conversion = Conversion(model)
+        parameters = (conversion.parameter_of(name)[0] for name in names)
+        return _Network(model, conversion, frozenset(name for name in parameters if name is not None))
 
     def _share_trunk(self, model: "PreTrainedModel") -> None:
         other = next((network.model for network in self._networks.values()), None)
@@ -110,18 +117,25 @@ class Bench:
         held = network.model.state_dict(keep_vars=True)
         for name, value in network.conversion.to_model(self._tensors).items():
             target = held[name]
-            if target.data_ptr() not in filled:
+            if name not in network.own and target.data_ptr() not in filled:
                 target.copy_(value)
                 filled.add(target.data_ptr())
 
 
-def _learned(planned: Plan, recipe: Recipe) -> dict[str, Tensor]:
-    """A distillation's tensors; it keeps its units in files, here in a temporary folder."""
+def _head(planned: Plan, expert: str | None) -> Shard | None:
+    """The file of what an expert keeps for itself."""
+    file = f"{HEADS}{expert}/model.safetensors"
+    return next((shard for shard in planned.shards if shard.file == file), None)
+
+
+def _learned(planned: Plan, device: str) -> dict[str, Tensor]:
+    """A distillation's tensors, fitted in this process; it keeps its units in files, here in a temporary folder."""
+    assert planned.distillation is not None
     with tempfile.TemporaryDirectory(prefix="raymerge-trial-") as folder:
         place = Path(folder)
         plain = [n for n in range(len(planned.shards)) if n not in planned.learned_shards]
         run_plan(planned, place, LocalPool(1), plain, _silent)
-        run_distillation(planned, place, recipe, local=True, progress=_silent)
+        distill(DistillJob(plan=planned, folder=place, device=device), Alone(), PlainEngine, _silent)
         files = [shard.file for shard in planned.shards if not shard.file.startswith(HEADS)]
         return {name: value for file in files for name, value in load_file(place / file).items()}
 

@@ -57,7 +57,7 @@ def test_stages_one_after_the_other(name: str, count: int, schedule: dict[str, A
         folder = tmp_path / f"{stages}"
         for number in range(stages):
             stage = Stage(number=number, count=stages)
-            job = DistillJob(plan=planned, folder=folder, dtype="float32", device="cpu", stage=stage)
+            job = DistillJob(plan=planned, folder=folder, device="cpu", stage=stage)
             distill(job, Alone(), PlainEngine, lambda _: None)
         files = sorted(folder.glob("*.safetensors"))
         return {name: value for file in files for name, value in load_file(file).items()}

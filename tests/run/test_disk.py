@@ -1,6 +1,7 @@
 """A full disk, a limit on file sizes, a folder without permission: one readable error, and nothing that looks done."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,5 +52,5 @@ def test_a_limit_on_file_sizes(place: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 50; trap "" XFSZ; exec "$@"', "bash", *COMMAND]
     found = run([*limited, "merge", str(place / "recipe.yml"), str(place / "out"), "--local"])
     assert found.returncode == 1
-    assert "model-00001-of-" in found.stderr and "cannot be written: File too large" in found.stderr
+    assert re.search("model-0000[0-9]-of-.* cannot be written: File too large", found.stderr)
     assert not (place / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -12,13 +13,13 @@ import transformers
 import yaml
 from command import raymerge, started, wait
 from samples import make_family
-from tiny import load, make_llama, weights
+from tiny import load, make_bert, make_llama, weights
 from tiny import recipe as plain
 
 from raymerge import api
 from raymerge.errors import RecipeError
 from raymerge.recipe.load import load_recipe
-from raymerge.recipe.space import axes, trial_recipe
+from raymerge.recipe.space import axes, first_recipes, trial_recipe
 from raymerge.run.trial import Bench
 
 
@@ -120,6 +121,7 @@ def test_blocks_in_another_order(tmp_path: Path) -> None:
         {one: (1, 2)},
     ]
     api.merge(made, tmp_path / "out", local=True)
+    assert [len(one.slices or ()) for one in first_recipes(recipe, found)] == [4]
     merged = load(tmp_path / "out")
     experts = {name: load(Path(expert.path)) for name, expert in recipe.experts.items()}
     part = "mlp.down_proj.weight"
@@ -166,9 +168,15 @@ def test_the_test_rows_are_not_searched(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_the_best_is_a_recipe(tmp_path: Path) -> None:
-    asked = family(tmp_path, space=PER_EXPERT, trials=6, objective=["mean_score", "entropy"], searcher="nsga2")
-    found = api.search(asked, tmp_path / "out")
+def test_the_best_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With paths that are relative to the driver's folder."""
+    monkeypatch.chdir(tmp_path)
+    asked = family(Path(), space=PER_EXPERT, trials=6, objective=["mean_score", "entropy"], searcher="nsga2")
+    told: list[int] = []
+    # What cannot be pickled, as a bar on a terminal cannot.
+    lock = Lock()
+    found = api.search(asked, "out", progress=lambda *at: None if lock.locked() else told.append(at[1]))
+    assert 6 in told
     rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
     assert len(rows) == found.facts["num_trials"] == 6 and found.facts["num_failed"] == 0
     best = max(rows, key=lambda row: (row["mean_score"], -row["trial"]))
@@ -194,22 +202,68 @@ def test_the_best_is_a_recipe(tmp_path: Path) -> None:
     }
     assert set(found.facts["test"]["tasks"]) == {"a", "b"}
     assert api.search(asked, tmp_path / "out").facts == found.facts
+    assert "Scores on the test data" in (tmp_path / "out" / "report.html").read_text()
     assert not (tmp_path / "out" / "tune").exists()
+
+
+def test_a_method_that_fits_nowhere_is_refused_at_once(tmp_path: Path) -> None:
+    asked = family(tmp_path, space={"method": {"choices": ["task_arithmetic", "slerp"]}})
+    with pytest.raises(RecipeError, match="slerp"):
+        api.search(asked, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"searcher": "grid", "space": PER_EXPERT}, "step: a grid needs it"),
+        ({"searcher": "cmaes", "objective": ["mean_score", "entropy"]}, "cmaes has one objective"),
+        ({"stop_early": True, "searcher": "nsga2", "objective": ["mean_score", "entropy"]}, "stop_early"),
+    ],
+)
+def test_searchers_that_cannot_be(search: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said):
+        api.search(family(tmp_path, **search), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_axis_under_an_experts_own_setting_is_refused(tmp_path: Path) -> None:
+    asked = family(tmp_path, space=PER_EXPERT)
+    asked["experts"]["a"]["settings"] = {"coefficient": 0.4}
+    with pytest.raises(RecipeError, match="experts.a.settings.coefficient stands above it"):
+        axes(load_recipe(asked))
+
+
+def test_heads_that_the_base_has_too(tmp_path: Path) -> None:
+    """The experts' own heads are measured, whatever head the base has."""
+    asked = family(tmp_path)
+    for seed, name in enumerate(("base", "a", "b")):
+        make_bert(tmp_path / "same" / name, seed, with_head=2)
+    asked |= {"base": str(tmp_path / "same" / "base"), "output": {"heads": ["classifier"]}}
+    asked["experts"] = {name: str(tmp_path / "same" / name) for name in ("a", "b")}
+    bench = Bench()
+    for seed in (0, 1):
+        models, _ = bench.merge(load_recipe({**asked, "seed": seed}), ["a", "b"])
+    for expert, model in models.items():
+        own = load(tmp_path / "same" / str(expert))
+        assert torch.equal(model.state_dict()["classifier.weight"], own["classifier.weight"])
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_methods_searched_and_one_that_fails(tmp_path: Path) -> None:
-    """Conditional settings; NaN in a trial is that trial's end, not the search's."""
+    """Conditional settings; what overflows is the end of a trial, and not of the search."""
     space = {
-        "method": {"choices": ["slerp", "task_arithmetic"]},
+        "method": {"choices": ["ties", "task_arithmetic"]},
         "task_arithmetic.settings.coefficient": {"choices": [0.5]},
+        "ties.settings.scale": {"choices": [1e9]},
     }
     asked = family(tmp_path, space=space, trials=5, searcher="random", objective="worst_share_kept")
+    asked["output"] = {"dtype": "float16"}
     found = api.search(asked, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
-    assert {row["method"] for row in rows} == {"slerp", "task_arithmetic"}
-    assert all((row["error"] is not None) == (row["method"] == "slerp") for row in rows)
-    assert "slerp" in next(row["error"] for row in rows if row["error"])
+    assert {row["method"] for row in rows} == {"ties", "task_arithmetic"}
+    assert all((row["error"] is not None) == (row["method"] == "ties") for row in rows)
+    assert any(row["error"] for row in rows)
     assert found.facts["best"]["values"]["method"] == "task_arithmetic"
 
 
