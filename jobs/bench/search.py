@@ -46,24 +46,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="validation rows a task")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--concurrent", type=int, help="trials at once; as many as there are CPUs by default")
+    parser.add_argument("--only", nargs="+", help="parts of the names of the searches to run; all by default")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     recipe = family(arguments)
-    rows = [
-        on_ray("grid, one coefficient", recipe, {"space": ONE, "searcher": "grid", "trials": 100}, arguments),
-        *(
-            on_ray(
-                f"{searcher}, {name}",
-                recipe,
-                {"space": space, "searcher": searcher, "trials": arguments.trials},
-                arguments,
-            )
-            for name, space in SPACES.items()
-            for searcher in ("random", "tpe", "cmaes")
-        ),
-    ]
+    searches: dict[str, tuple[Mapping[str, Any], int | None]] = {
+        "grid, one coefficient": ({"space": ONE, "searcher": "grid"}, None)
+    }
+    for name, space in SPACES.items():
+        for searcher in ("random", "tpe", "cmaes"):
+            asked = {"space": space, "searcher": searcher, "trials": arguments.trials}
+            searches[f"{searcher}, {name}"] = (asked, None)
     alone = {"space": SPACES["per expert"], "searcher": "tpe", "trials": arguments.trials}
-    rows.append(on_ray("tpe, per expert, one at a time", recipe, alone, arguments, concurrent=1))
+    searches["tpe, per expert, one at a time"] = (alone, 1)
+    wanted = [name for name in searches if not arguments.only or any(part in name for part in arguments.only)]
+    rows = [on_ray(name, recipe, searches[name][0], arguments, searches[name][1]) for name in wanted]
     rows.append(in_one_process("tpe, per expert, without Ray", recipe, alone, arguments))
     if arguments.json:
         print(json.dumps(rows, indent=2))
