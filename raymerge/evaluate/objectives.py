@@ -12,8 +12,6 @@ from raymerge.evaluate.metrics import is_better_lower, share_kept
 from raymerge.evaluate.rounds import Outcome
 from raymerge.recipe.schema import Objective, Search, Task
 
-LOWER_IS_BETTER: Sequence[Objective] = ("perplexity", "entropy")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:

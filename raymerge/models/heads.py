@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from raymerge.checkpoint.index import SINGLE, Checkpoint, open_checkpoint
+from raymerge.checkpoint.model_folder import HEADS
 from raymerge.errors import CheckpointError
 from raymerge.models.families import base_model_prefix
 from raymerge.models.load import architecture, load_as_saved, require_complete
@@ -31,7 +32,7 @@ def load_task_model(out: str | Path, expert: str) -> "PreTrainedModel":
     CheckpointError if the folder or expert is unknown, or tensors of the model are in neither part.
     """
     folder = Path(out)
-    heads = folder / "raymerge" / "heads"
+    heads = folder / HEADS
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; the output of a merge is expected")
     if not (heads / expert).is_dir():

@@ -14,6 +14,7 @@ import raymerge
 from raymerge import methods
 from raymerge.checkpoint.header import DTYPES, NAMES, Entry
 from raymerge.checkpoint.index import Checkpoint, open_checkpoint
+from raymerge.checkpoint.model_folder import HEADS
 from raymerge.checkpoint.reader import StoredTensor
 from raymerge.errors import MismatchError, MissingTensor, RecipeError, ShapeMismatch
 from raymerge.methods.base import LearnedMethod, StatisticsMethod, TensorMethod
@@ -103,12 +104,11 @@ class _Planner:
         files = _pack(learning.groups(fitted) if learning else [fitted], self._shard_size(fitted))
         shards = _named(files)
         shards += [
-            Shard(file=f"raymerge/heads/{name}/model.safetensors", tensors=_by_alignment(head))
-            for name, head in heads.items()
+            Shard(file=f"{HEADS}/{name}/model.safetensors", tensors=_by_alignment(head)) for name, head in heads.items()
         ]
         if heads:
             parts = ", ".join(sorted({head_module(t.name) for head in heads.values() for t in head}))
-            self.notes.append(f"kept per expert, not merged: {parts} (raymerge/heads/)")
+            self.notes.append(f"kept per expert, not merged: {parts} ({HEADS}/)")
         return Plan(
             version=raymerge.__version__,
             method=self.recipe.method,

@@ -17,13 +17,11 @@ from raymerge.models import vocabulary
 from raymerge.models.chat_templates import CHAT_TEMPLATES
 from raymerge.plan.schema import Plan
 
-HEADS = "raymerge/heads"
-
 
 def finish_folder(plan: Plan, folder: Path, recipe: Mapping[str, Any], name: str) -> None:
     """Write everything but the shards and the run's facts below `folder`. Raises StorageError."""
     model_folder.write_json(folder / "config.json", plan.config)
-    shards = {s.file: [t.name for t in s.tensors] for s in plan.shards if not s.file.startswith(HEADS)}
+    shards = {s.file: [t.name for t in s.tensors] for s in plan.shards if not s.is_head}
     total = sum(
         DTYPES[tensor.dtype].itemsize * tensor.num_elements
         for shard in plan.shards
@@ -35,7 +33,7 @@ def finish_folder(plan: Plan, folder: Path, recipe: Mapping[str, Any], name: str
     for number in plan.head_experts:
         model = plan.models[number]
         config = read_json(model.location, "config.json", model.location.files())
-        model_folder.write_json(folder / HEADS / model.name / "config.json", config)
+        model_folder.write_json(folder / model_folder.HEADS / model.name / "config.json", config)
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     write_text(folder / "raymerge" / "recipe.yml", text)
     model_folder.write_card(

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from raymerge import methods
 from raymerge.checkpoint.location import Location
+from raymerge.checkpoint.model_folder import HEADS
 from raymerge.checkpoint.reader import StoredTensor
 from raymerge.learn.calibration import Calibration
 from raymerge.methods.base import TensorMethod
@@ -85,6 +86,11 @@ class Shard:
 
     file: str
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def is_head(self) -> bool:
+        """It is what an expert keeps for itself, no part of the merged model."""
+        return self.file.startswith(f"{HEADS}/")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ class PlanWeights:
         self.num_experts = len(self._experts)
         self._tensors: dict[str, list[PlannedTensor]] = {}
         for shard in plan.shards:
-            for tensor in shard.tensors if not shard.file.startswith("raymerge/") else ():
+            for tensor in () if shard.is_head else shard.tensors:
                 parameter, _ = trunk.conversion.parameter_of(tensor.name)
                 if parameter is not None:
                     self._tensors.setdefault(parameter, []).append(tensor)

@@ -181,6 +181,11 @@ class Search(Part):
     concurrent: int | None = Field(default=None, gt=0, description="trials at once; none: as many as there are CPUs")
     cpus_per_trial: float = Field(default=1, gt=0)
 
+    @property
+    def lower(self) -> tuple[bool, ...]:
+        """For each objective, whether lower is better."""
+        return tuple(name in ("perplexity", "entropy") for name in self.objective)
+
 
 class Recipe(Part):
     """What the user wants."""

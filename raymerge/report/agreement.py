@@ -14,8 +14,6 @@ from raymerge.models.blocks import block_name
 from raymerge.plan.execute import CHUNK, read_source
 from raymerge.plan.schema import Plan
 
-OUTSIDE = "outside"
-
 
 @dataclass(slots=True)
 class Agreement:
@@ -25,6 +23,9 @@ class Agreement:
     equal_signs: Tensor
     count: int = 0
 
+    def __add__(self, other: "Agreement") -> "Agreement":
+        return Agreement(self.products + other.products, self.equal_signs + other.equal_signs, self.count + other.count)
+
     def cosines(self) -> Tensor:
         """Cosine of every pair of task vectors, (E, E)."""
         norms = self.products.diagonal().sqrt().clamp_min(1e-30)
@@ -33,6 +34,12 @@ class Agreement:
     def signs(self) -> Tensor:
         """Share of entries in which a pair has the same sign, (E, E)."""
         return self.equal_signs / max(1, self.count)
+
+
+def place_of(name: str) -> str:
+    """The block a tensor lies in, as reports call it."""
+    block = block_name(name)
+    return "outside" if block is None else f"{block.prefix}.{block.index}"
 
 
 def measure_agreement(plan: Plan) -> Mapping[str, Agreement]:
@@ -47,10 +54,8 @@ def measure_agreement(plan: Plan) -> Mapping[str, Agreement]:
             for tensor in shard.tensors:
                 if tensor.call is None or tensor.base is None or len(tensor.experts) != num_experts:
                     continue
-                block = block_name(tensor.name)
-                place = OUTSIDE if block is None else f"{block.prefix}.{block.index}"
                 zeros = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-                total = found.setdefault(place, Agreement(zeros, zeros.clone()))
+                total = found.setdefault(place_of(tensor.name), Agreement(zeros, zeros.clone()))
                 for first in range(0, tensor.num_elements, CHUNK):
                     count = min(CHUNK, tensor.num_elements - first)
                     parts = [read_source(reader, source, first, count).float() for source in tensor.sources]

@@ -6,7 +6,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raymerge.checkpoint.writer import write_text
-from raymerge.report.collect import Section, collect
+from raymerge.report.collect import collect
+from raymerge.report.section import Section
 
 PICTURES = "raymerge/pictures"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from raymerge.checkpoint.writer import write_text
 from raymerge.plan.schema import Plan
-from raymerge.recipe.schema import Recipe
+from raymerge.recipe.schema import Recipe, Search
 
 FACTS = "raymerge/search.json"
 
@@ -27,20 +27,19 @@ def search_digest(plan: Plan, recipe: Recipe, hashes: Sequence[str]) -> str:
 def write_search(
     folder: Path,
     *,
+    asked: Search,
     best: Any,
     trials: Sequence[Any],
-    objectives: Sequence[str],
-    searcher: str,
     elapsed_seconds: float,
     test: Mapping[str, Any] | None,
 ) -> None:
     """Write what a search has found below its folder."""
     facts = {
-        "searcher": searcher,
+        "searcher": asked.searcher,
         "num_trials": len(trials),
         "num_failed": sum(trial.error is not None for trial in trials),
         "best": {"trial": best.number, "values": dict(best.values), "scores": dict(best.scores)},
-        "objectives": {name: best.scores[name] for name in objectives},
+        "objectives": {name: best.scores[name] for name in asked.objective},
         "elapsed_seconds": elapsed_seconds,
         "test": test,
     }

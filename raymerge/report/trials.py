@@ -8,19 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymerge.checkpoint.writer import replacing
+from raymerge.recipe.schema import Search
 
 
-def best_of(trials: Sequence[Any], objectives: Sequence[str], lower: Sequence[bool]) -> Any:
+def best_of(trials: Sequence[Any], asked: Search) -> Any:
     """The trial that is best in the first objective among those that saw all rows; the earliest of equal ones."""
-    sign = 1 if lower[0] else -1
-    return min((t for t in trials if t.is_whole), key=lambda t: (sign * t.scores[objectives[0]], t.number))
+    sign = 1 if asked.lower[0] else -1
+    return min((t for t in trials if t.is_whole), key=lambda t: (sign * t.scores[asked.objective[0]], t.number))
 
 
-def pareto_front(trials: Sequence[Any], objectives: Sequence[str], lower: Sequence[bool]) -> set[int]:
+def pareto_front(trials: Sequence[Any], asked: Search) -> set[int]:
     """Numbers of the trials that no other is at least as good as in all objectives, and better in one."""
     whole = [t for t in trials if t.is_whole]
     points = {
-        t.number: tuple(t.scores[name] if low else -t.scores[name] for name, low in zip(objectives, lower, strict=True))
+        t.number: tuple(
+            t.scores[name] if low else -t.scores[name] for name, low in zip(asked.objective, asked.lower, strict=True)
+        )
         for t in whole
     }
 
@@ -30,9 +33,9 @@ def pareto_front(trials: Sequence[Any], objectives: Sequence[str], lower: Sequen
     return {number for number, point in points.items() if not is_beaten(point)}
 
 
-def write_trials(path: Path, trials: Sequence[Any], objectives: Sequence[str], lower: Sequence[bool]) -> None:
+def write_trials(path: Path, trials: Sequence[Any], asked: Search) -> None:
     """One row a trial: its numbers, what it reached, times in seconds, its error. Raises StorageError."""
-    front = pareto_front(trials, objectives, lower)
+    front = pareto_front(trials, asked)
     axes = list(dict.fromkeys(name for trial in trials for name in trial.values))
     scores = list(dict.fromkeys(name for trial in trials for name in trial.scores))
     columns: dict[str, list[Any]] = {"trial": [trial.number for trial in trials]}

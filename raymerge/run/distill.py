@@ -30,7 +30,7 @@ from raymerge.plan.schema import Plan
 from raymerge.plan.units import UNITS, PlanUnits, write_coefficients
 from raymerge.plan.weights import PlanWeights
 from raymerge.recipe.schema import Compute, Recipe
-from raymerge.run.merge import Progress
+from raymerge.run.merge import Progress, silent
 
 logger = logging.getLogger("raymerge")
 
@@ -179,7 +179,7 @@ def distill(job: DistillJob, group: Group, make_engine: MakeEngine, tell: Tell) 
             method.fit_settings(plan.seed),
             make_engine,
             group,
-            told or (lambda *_: None),
+            told or silent,
             job.stage,
             FilePassage(job.folder, job.stage, group),
         ).run()

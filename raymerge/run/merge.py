@@ -15,6 +15,10 @@ Progress = Callable[[str, int, int], None]
 """Told (what is done, how many parts are done, of how many) as a run goes on."""
 
 
+def silent(*_: object) -> None:
+    """Progress that nobody looks at."""
+
+
 def run_plan(plan: Plan, folder: Path, pool: Pool, todo: list[int], progress: Progress) -> list[ShardReport]:
     """Write the shards numbered in `todo` below `folder`; reports in the order they were finished."""
     known = statistics(plan, pool, progress) if todo else None

@@ -44,14 +44,12 @@ class Examiner(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchJob:
-    """All that a trial needs beside its own numbers. `lower`: for each objective, whether lower is better."""
+    """All that a trial needs beside its own numbers."""
 
     recipe: Recipe
+    search: Search
     axes: tuple[Axis, ...]
     examiner: Examiner
-    objectives: tuple[str, ...]
-    lower: tuple[bool, ...]
-    cpus: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +74,13 @@ class Trial:
         return self.error is None and self.share == 1.0
 
 
-def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress) -> list[Trial]:
+def run_search(job: SearchJob, folder: Path, progress: Progress) -> list[Trial]:
     """All trials of a search, in the order they were begun; goes on with those that lie below `folder` already.
 
-    Raises RecipeError if the searcher cannot search this space.
+    After a kill the trials of the last seconds are lost: Tune keeps its state every ten. Raises RayMergeError if the
+    search was stopped, or no trial came to its end.
     """
+    search = job.search
     _reporting.clear()
     _reporting.append(progress)
     # Ray's newer output prints a banner whatever it is told.
@@ -94,9 +94,9 @@ def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress)
         tuner = tune.Tuner.restore(str(storage), trainable=trainable, restart_errored=True)
     else:
         discard_experiment(folder)
-        tuner = _new_tuner(trainable, job, search, storage)
+        tuner = _new_tuner(trainable, job, storage)
     found = _trials(tuner.fit(), job)
-    total = _num_trials(search, job)
+    total = _num_trials(job)
     ended = [trial for trial in found if trial.error is not None or trial.share > 0]
     if len(ended) < total:
         raise RayMergeError(
@@ -113,21 +113,23 @@ def run_search(job: SearchJob, search: Search, folder: Path, progress: Progress)
 _reporting: list[Progress] = []
 
 
-def check_searcher(job: SearchJob, search: Search) -> None:
+def check_searcher(recipe: Recipe, axes: Sequence[Axis]) -> None:
     """Raise RecipeError if the searcher cannot search this space."""
-    _sampler(search, job)
+    assert recipe.search is not None
+    _sampler(recipe, recipe.search, axes)
 
 
-def _new_tuner(trainable: Any, job: SearchJob, search: Search, storage: Path) -> tune.Tuner:
-    modes = ["min" if lower else "max" for lower in job.lower]
+def _new_tuner(trainable: Any, job: SearchJob, storage: Path) -> tune.Tuner:
+    search = job.search
+    modes = ["min" if lower else "max" for lower in search.lower]
     many = len(modes) > 1
-    names = list(job.objectives)
+    names: list[str] = [*search.objective]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     suggest: Any = OptunaSearch(
         space=Suggest(job.axes, job.recipe.method),
         metric=names if many else names[0],
         mode=modes if many else modes[0],
-        sampler=_sampler(search, job),
+        sampler=_sampler(job.recipe, search, job.axes),
     )
     if search.concurrent:
         suggest = ConcurrencyLimiter(suggest, max_concurrent=search.concurrent)
@@ -143,7 +145,7 @@ def _new_tuner(trainable: Any, job: SearchJob, search: Search, storage: Path) ->
         tune_config=tune.TuneConfig(
             search_alg=suggest,
             scheduler=scheduler,
-            num_samples=_num_trials(search, job),
+            num_samples=_num_trials(job),
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -152,7 +154,7 @@ def _new_tuner(trainable: Any, job: SearchJob, search: Search, storage: Path) ->
             name=storage.name,
             storage_path=str(storage.parent.absolute()),
             failure_config=tune.FailureConfig(max_failures=0),
-            callbacks=[_Teller(_num_trials(search, job), names[0])],
+            callbacks=[_Teller(_num_trials(job), names[0])],
             verbose=0,
         ),
     )
@@ -198,14 +200,14 @@ class Suggest:
         return trial.suggest_float(axis.name, given.low, given.high, step=given.step, log=given.log)
 
 
-def _sampler(search: Search, job: SearchJob) -> Any:
-    seed = job.recipe.seed
-    if len(job.objectives) > 1 and search.searcher not in ("nsga2", "tpe", "random", "grid"):
+def _sampler(recipe: Recipe, search: Search, axes: Sequence[Axis]) -> Any:
+    seed = recipe.seed
+    if len(search.objective) > 1 and search.searcher not in ("nsga2", "tpe", "random", "grid"):
         raise RecipeError(f"search.searcher: {search.searcher} has one objective; nsga2 or tpe takes several")
-    if len(job.objectives) > 1 and search.stop_early:
+    if len(search.objective) > 1 and search.stop_early:
         raise RecipeError("search.stop_early: trials with several objectives cannot be compared half-way; leave it out")
     if search.searcher == "grid":
-        return optuna.samplers.GridSampler(_grid(job), seed=seed)
+        return optuna.samplers.GridSampler(_grid(recipe, axes), seed=seed)
     if search.searcher == "cmaes":
         return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     return {
@@ -215,11 +217,11 @@ def _sampler(search: Search, job: SearchJob) -> Any:
     }[search.searcher](seed=seed)
 
 
-def _grid(job: SearchJob) -> dict[str, list[Any]]:
-    if len(candidates(job.recipe)) > 1:
+def _grid(recipe: Recipe, axes: Sequence[Axis]) -> dict[str, list[Any]]:
+    if len(candidates(recipe)) > 1:
         raise RecipeError("search.searcher: a grid has the same settings everywhere; search one method, or use tpe")
     found: dict[str, list[Any]] = {}
-    for axis in job.axes:
+    for axis in axes:
         given = axis.range
         if given.choices is not None:
             found[axis.name] = list(given.choices)
@@ -232,14 +234,11 @@ def _grid(job: SearchJob) -> dict[str, list[Any]]:
     return found
 
 
-def _num_trials(search: Search, job: SearchJob) -> int:
+def _num_trials(job: SearchJob) -> int:
     """As many as the recipe says; a grid has as many as it has points."""
-    if search.searcher != "grid":
-        return search.trials
-    count = 1
-    for values in _grid(job).values():
-        count *= len(values)
-    return count
+    if job.search.searcher != "grid":
+        return job.search.trials
+    return math.prod(len(values) for values in _grid(job.recipe, job.axes).values())
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]
@@ -276,7 +275,7 @@ def _bench(device: str) -> Bench:
 
 def _trial(config: dict[str, Any], job: SearchJob) -> None:
     """One trial, in an actor that has done others."""
-    torch.set_num_threads(max(1, int(job.cpus)))
+    torch.set_num_threads(max(1, int(job.search.cpus_per_trial)))
     recipe = trial_recipe(job.recipe, job.axes, config)
     models, merge_seconds = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu").merge(
         recipe, job.examiner.experts
@@ -299,7 +298,7 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
     for result in grid:
         values = dict(result.config or {})
         metrics = result.metrics or {}
-        named = {name: metrics[name] for name in metrics if name in job.objectives or name.startswith("score.")}
+        named = {name: metrics[name] for name in metrics if name in job.search.objective or name.startswith("score.")}
         found.append(
             Trial(
                 number=values.pop(NUMBER),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.checkpoint.model_folder import HEADS
 from raymerge.distill.engine import Alone, PlainEngine
 from raymerge.models import heads, load
 from raymerge.models.conversion import Conversion
@@ -25,13 +26,11 @@ from raymerge.plan.execute import merge_into
 from raymerge.plan.schema import Plan, Shard
 from raymerge.recipe.schema import Recipe
 from raymerge.run.distill import DistillJob, distill
-from raymerge.run.merge import run_plan, statistics
+from raymerge.run.merge import run_plan, silent, statistics
 from raymerge.run.pool import LocalPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-HEADS = "raymerge/heads/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +76,12 @@ class Bench:
         if planned.distillation is not None:
             self._tensors = _learned(planned, self._device)
             return
-        trunk = [n for n, shard in enumerate(planned.shards) if not shard.file.startswith(HEADS)]
+        trunk = [n for n, shard in enumerate(planned.shards) if not shard.is_head]
         wanted = {t.name: (t.shape, DTYPES[t.dtype]) for n in trunk for t in planned.shards[n].tensors}
         if {name: (tuple(value.shape), value.dtype) for name, value in self._tensors.items()} != wanted:
             self._tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
         pool = LocalPool(1)
-        known = statistics(planned, pool, _silent)
+        known = statistics(planned, pool, silent)
         for _ in pool.map(lambda job: merge_into(self._tensors, job, known), [planned.job(n, "cpu") for n in trunk]):
             pass
 
@@ -124,7 +123,7 @@ class Bench:
 
 def _head(planned: Plan, expert: str | None) -> Shard | None:
     """The file of what an expert keeps for itself."""
-    file = f"{HEADS}{expert}/model.safetensors"
+    file = f"{HEADS}/{expert}/model.safetensors"
     return next((shard for shard in planned.shards if shard.file == file), None)
 
 
@@ -134,11 +133,7 @@ def _learned(planned: Plan, device: str) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(prefix="raymerge-trial-") as folder:
         place = Path(folder)
         plain = [n for n in range(len(planned.shards)) if n not in planned.learned_shards]
-        run_plan(planned, place, LocalPool(1), plain, _silent)
-        distill(DistillJob(plan=planned, folder=place, device=device), Alone(), PlainEngine, _silent)
-        files = [shard.file for shard in planned.shards if not shard.file.startswith(HEADS)]
+        run_plan(planned, place, LocalPool(1), plain, silent)
+        distill(DistillJob(plan=planned, folder=place, device=device), Alone(), PlainEngine, silent)
+        files = [shard.file for shard in planned.shards if not shard.is_head]
         return {name: value for file in files for name, value in load_file(place / file).items()}
-
-
-def _silent(*_: Any) -> None:
-    pass

@@ -71,6 +71,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_training_repeats_on_any_number_of_workers(tmp_path: Path) -> None:
     told: list[str] = []
     train_all(tmp_path / "a", workers=1, base_epochs=1, expert_epochs=1, tell=told.append)

@@ -107,6 +107,7 @@ def ours(block: dict[str, Any], lr: float) -> tuple[list[float], dict[str, Tenso
         return losses, student(), student.moved()
 
 
+@pytest.mark.slow
 def test_two_hundred_steps(block: dict[str, Any]) -> None:
     expected, theirs = published(block, 0.003)
     losses, merged, _ = ours(block, 0.003)

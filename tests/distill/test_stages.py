@@ -93,7 +93,8 @@ def test_stages_that_do_not_come_out(compute: dict[str, Any], said: str, tmp_pat
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("schedule", [pytest.param({}, marks=pytest.mark.slow), SCHEDULES[3]], ids=str)
+@pytest.mark.parametrize("schedule", [{}, SCHEDULES[3]], ids=str)
+@pytest.mark.slow
 def test_stages_at_once(schedule: dict[str, Any], tmp_path: Path) -> None:
     """Two groups of real Ray Train workers."""
     asked = make_family(tmp_path, **schedule)

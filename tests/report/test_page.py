@@ -15,6 +15,7 @@ from raymerge import api
 from raymerge.errors import RayMergeError
 from raymerge.plan.build import build_plan
 from raymerge.recipe.load import load_recipe
+from raymerge.recipe.schema import Search
 from raymerge.report.agreement import measure_agreement
 from raymerge.report.importance import importance
 from raymerge.report.page import render
@@ -130,16 +131,15 @@ class Row:
 
 def test_the_best_and_the_front() -> None:
     rows = [
-        Row(0, x=1.0, y=5.0),
-        Row(1, x=3.0, y=3.0),
-        Row(2, x=3.0, y=4.0),
-        Row(3, x=0.5, y=6.0),
-        Row(4, x=3.0, y=3.0),
+        Row(0, mean_score=1.0, entropy=5.0),
+        Row(1, mean_score=3.0, entropy=3.0),
+        Row(2, mean_score=3.0, entropy=4.0),
+        Row(3, mean_score=0.5, entropy=6.0),
+        Row(4, mean_score=3.0, entropy=3.0),
     ]
-    assert pareto_front(rows, ["x", "y"], [False, True]) == {1, 4}
-    assert pareto_front(rows, ["x", "y"], [False, False]) == {0, 2, 3}
-    assert best_of(rows, ["x"], [False]).number == 1
-    assert best_of(rows, ["y"], [True]).number == 1
+    assert pareto_front(rows, Search(objective=["mean_score", "entropy"])) == {1, 4}
+    assert best_of(rows, Search(objective=["mean_score"])).number == 1
+    assert best_of(rows, Search(objective=["entropy"])).number == 1
 
 
 def test_importance_finds_what_matters() -> None:

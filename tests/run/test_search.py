@@ -250,6 +250,7 @@ def test_heads_that_the_base_has_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_methods_searched_and_one_that_fails(tmp_path: Path) -> None:
     """Conditional settings; what overflows is the end of a trial, and not of the search."""
     space = {
@@ -298,7 +299,9 @@ def test_distillations_as_trials_and_bad_ones_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds between what Tune keeps for a restart; ten by default, in which this search could end.
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
     asked = family(tmp_path, space=PER_EXPERT, trials=80, searcher="tpe")
     (tmp_path / "recipe.yml").write_text(json.dumps(asked))
 
