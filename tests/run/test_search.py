@@ -245,7 +245,7 @@ def test_distillations_as_trials_and_bad_ones_stopped(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
-    asked = family(tmp_path, space=PER_EXPERT, trials=12, searcher="tpe")
+    asked = family(tmp_path, space=PER_EXPERT, trials=80, searcher="tpe")
     (tmp_path / "recipe.yml").write_text(json.dumps(asked))
 
     def finished() -> int:
@@ -256,8 +256,8 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     before = finished()
-    assert before < 12 and not (tmp_path / "out").exists()
+    assert before < 80 and not (tmp_path / "out").exists()
     again = raymerge("search", "recipe.yml", "out", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["num_trials"] == 12
-    assert len(pq.read_table(tmp_path / "out" / "trials.parquet")) == 12
+    assert json.loads(again.stdout)["num_trials"] == 80
+    assert len(pq.read_table(tmp_path / "out" / "trials.parquet")) == 80
