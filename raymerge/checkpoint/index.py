@@ -9,6 +9,7 @@ from typing import Any
 
 from raymerge.checkpoint.header import Entry, header_length, parse_header
 from raymerge.checkpoint.location import Location, resolve
+from raymerge.checkpoint.remote import open_filesystem, persist
 from raymerge.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -104,6 +105,9 @@ def _check_index(location: Location, tensors: Mapping[str, tuple[str, Entry]]) -
 def _read_header(location: Location, name: str, size: int) -> tuple[tuple[Entry, ...], bytes]:
     """The entries of a shard, and bytes that identify it."""
     where = f"{location}/{name}"
+    if location.is_remote:
+        head, stamp = _read_remote_header(location, name, size)
+        return parse_header(head, size, where), head + stamp + str(size).encode()
     path = location.cached_path(name) if location.is_hub else location.local_path(name)
     if path is None:
         head, stamp = _read_hub_header(location, name, size), b""
@@ -117,6 +121,23 @@ def _read_header(location: Location, name: str, size: int) -> tuple[tuple[Entry,
         except OSError as problem:
             raise CheckpointError(f"{where}: cannot be read: {problem.strerror}") from None
     return parse_header(head, size, where), head + stamp + str(size).encode()
+
+
+def _read_remote_header(location: Location, name: str, size: int) -> tuple[bytes, bytes]:
+    """Read a header on object storage by byte range; and the file's modification time."""
+    where = f"{location}/{name}"
+    filesystem, root = open_filesystem(location.path)
+
+    def request() -> tuple[bytes, bytes]:
+        stamp = str(filesystem.get_file_info(f"{root}/{name}").mtime_ns).encode()
+        with filesystem.open_input_file(f"{root}/{name}") as file:
+            first = bytes(file.read_at(8, 0))
+            return bytes(file.read_at(header_length(first, size, where), 8)), stamp
+
+    try:
+        return persist(request)
+    except OSError as problem:
+        raise CheckpointError(f"{where}: cannot be read: {problem}") from None
 
 
 def _read_hub_header(location: Location, name: str, size: int) -> bytes:

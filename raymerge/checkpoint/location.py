@@ -1,7 +1,8 @@
-"""Where a checkpoint lies: a local folder, or a repository of the Hugging Face hub.
+"""Where a checkpoint lies: a local folder, a repository of the Hugging Face hub, or a prefix of object storage.
 
-`path/to/folder` or `org/name[@revision]`. A hub revision is resolved to a commit once, when a plan is
-made, so that all workers read the same bytes; files come from, and stay in, the hub's own cache.
+`path/to/folder`, `org/name[@revision]`, `s3://bucket/prefix` or `gs://bucket/prefix`. A hub revision is resolved to a
+commit once, when a plan is made, so that all workers read the same bytes; files come from, and stay in, the hub's own
+cache.
 """
 
 import os
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from raymerge.checkpoint.remote import fetch, is_remote, list_files
 from raymerge.errors import CheckpointError
 
 
@@ -26,20 +28,31 @@ class Location:
     def is_hub(self) -> bool:
         return self.revision is not None
 
+    @property
+    def is_remote(self) -> bool:
+        """On object storage: weights are read by byte ranges, and never copied whole."""
+        return is_remote(self.path)
+
     def files(self) -> dict[str, int]:
         """Names of the files at the top of the checkpoint, with their sizes in bytes."""
+        if self.is_remote:
+            return {name: size for name, (size, _) in _remote_files(self.path).items()}
         if self.is_hub:
             return dict(_hub_files(self))
         return {entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()}
 
     def local_path(self, name: str) -> Path:
-        """A local file with the contents of `name`; downloads it from the hub if it is not in the cache.
+        """A local file with the contents of `name`; from the hub or object storage if it is not in the cache.
 
         Raises CheckpointError if there is no such file or `name` leaves the checkpoint.
         """
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts or os.sep in name.replace("/", ""):
             raise CheckpointError(f"{self}: file name {name!r} leaves its folder; the index is damaged or hostile")
+        if self.is_remote:
+            if name not in _remote_files(self.path):
+                raise CheckpointError(f"{self}/{name}: no such file; is the checkpoint complete?")
+            return fetch(self.path, name, _remote_stamp(self.path))
         if self.is_hub:
             return _hub_download(self, name)
         path = Path(self.path) / name
@@ -55,13 +68,31 @@ class Location:
         return Path(found) if isinstance(found, str) else None
 
 
+@lru_cache(maxsize=256)
+def _remote_files(uri: str) -> dict[str, tuple[int, int]]:
+    return list_files(uri)
+
+
+def _remote_stamp(uri: str) -> tuple[int, int]:
+    """Changes when any file at a place does."""
+    files = _remote_files(uri).values()
+    return sum(size for size, _ in files), max(changed for _, changed in files)
+
+
 def resolve(text: str) -> Location:
     """Find a checkpoint: a local folder if there is one of that name, else `org/name[@revision]` on the hub.
 
     Raises CheckpointError if it is neither.
     """
-    if "://" in text:
-        raise CheckpointError(f"{text}: object storage is not supported yet; copy the checkpoint to a folder")
+    if is_remote(text):
+        if not text.startswith(("s3://", "gs://")):
+            raise CheckpointError(f"{text}: s3:// or gs:// is expected, a folder, or a hub id (org/name[@revision])")
+        # Asked anew for each plan, then remembered by it.
+        _remote_files.cache_clear()
+        location = Location(text.rstrip("/"))
+        if not location.files():
+            raise CheckpointError(f"{text}: there are no files, or none that you may see")
+        return location
     folder = Path(text).expanduser()
     if folder.is_dir():
         return Location(str(folder.resolve()))

@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.location import Location
+from raymerge.checkpoint.remote import RemoteFile
 from raymerge.errors import StorageError
 
 # The largest exponent means infinity or NaN: sign-less bits at or above this, by dtype.
@@ -40,6 +43,9 @@ class Reader:
     def __init__(self, locations: Sequence[Location]) -> None:
         self._locations = locations
         self._files: dict[tuple[int, str], int] = {}
+        # One of each model: what has been read ahead is held.
+        self._remote: dict[int, RemoteFile] = {}
+        self._pool: ThreadPoolExecutor | None = None
         self.bytes_read = 0
 
     def read(self, tensor: StoredTensor, first: int, count: int) -> Tensor:
@@ -61,9 +67,8 @@ class Reader:
         buffer = entries.view(torch.uint8).numpy().data
         done = 0
         try:
-            handle = self._open(tensor)
             while done < len(buffer):
-                got = os.preadv(handle, [buffer[done:]], offset + done)
+                got = self._read_some(buffer[done:], tensor, offset + done)
                 if got == 0:
                     raise StorageError(
                         f"{self.where(tensor)}: the file ends before the tensor does; it changed while merging"
@@ -72,6 +77,22 @@ class Reader:
         except OSError as problem:
             raise StorageError(f"{self.where(tensor)}: cannot be read: {problem.strerror}") from None
         self.bytes_read += done
+
+    def _read_some(self, buffer: memoryview, tensor: StoredTensor, offset: int) -> int:
+        if not self._locations[tensor.model].is_remote:
+            return os.preadv(self._open(tensor), [buffer], offset)
+        end = tensor.start + prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        return self._open_remote(tensor).read_into(buffer, offset, end)
+
+    def _open_remote(self, tensor: StoredTensor) -> RemoteFile:
+        found = self._remote.get(tensor.model)
+        if found is None or found.name != tensor.file:
+            if found is not None:
+                found.close()
+            self._pool = self._pool or ThreadPoolExecutor(len(self._locations))
+            found = RemoteFile(self._locations[tensor.model].path, tensor.file, self._pool)
+            self._remote[tensor.model] = found
+        return found
 
     def _open(self, tensor: StoredTensor) -> int:
         key = (tensor.model, tensor.file)
@@ -83,6 +104,11 @@ class Reader:
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
+        for file in self._remote.values():
+            file.close()
+        self._remote.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

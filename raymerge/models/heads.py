@@ -5,6 +5,7 @@ Format, below a merged folder: `raymerge/heads/<expert>/config.json` is the expe
 """
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.index import SINGLE, Checkpoint, open_checkpoint
 from raymerge.checkpoint.model_folder import HEADS
+from raymerge.checkpoint.reader import StoredTensor, open_reader
 from raymerge.errors import CheckpointError
 from raymerge.models.families import base_model_prefix
 from raymerge.models.load import architecture, load_as_saved, require_complete
@@ -117,15 +119,12 @@ def _adopt_vocabulary(config: Any, trunk: Mapping[str, Any]) -> None:
 
 
 def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    by_file: dict[str, list[str]] = {}
-    for name in names:
-        by_file.setdefault(checkpoint.tensors[name][0], []).append(name)
     found: dict[str, Tensor] = {}
-    for file, inside in by_file.items():
-        with safe_open(checkpoint.location.local_path(file), framework="pt") as tensors:
-            found.update((name, tensors.get_tensor(name)) for name in inside)
+    with open_reader([checkpoint.location]) as reader:
+        for name in names:
+            file, entry = checkpoint.tensors[name]
+            stored = StoredTensor(0, file, name, entry.start, entry.dtype, entry.shape)
+            found[name] = reader.read(stored, 0, prod(entry.shape)).view(entry.shape)
     return found
 
 

@@ -92,7 +92,8 @@ class _Planner:
         self._check_scopes(tensors)
         asked = self.recipe.compute.memory
         budget = None if asked is None else memory.parse_bytes(asked, "compute.memory")
-        fitted, peak = memory.fit(tensors, self.calls.found, budget)
+        reading = memory.reading_bytes(checkpoint.location for checkpoint in self.checkpoints.values())
+        fitted, peak = memory.fit(tensors, self.calls.found, budget, reading)
         everything = [*fitted, *(tensor for head in heads.values() for tensor in head)]
         config = self._config()
         learning: LearningPlanner | None = None

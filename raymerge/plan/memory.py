@@ -5,12 +5,14 @@ tensor or passes over it more than once, the tensor's inputs as they are stored.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import psutil
 
 from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.location import Location
+from raymerge.checkpoint.remote import WINDOW
 from raymerge.errors import MemoryBudgetError, RecipeError
 from raymerge.methods.base import StatisticsMethod, TensorMethod
 from raymerge.plan.execute import CHUNK
@@ -83,15 +85,20 @@ def held_bytes(tensor: PlannedTensor) -> int:
     return tensor.num_elements * sum(DTYPES[source.tensors[0].dtype].itemsize for source in tensor.sources)
 
 
+def reading_bytes(locations: Iterable[Location]) -> int:
+    """Memory that what is read ahead from object storage takes."""
+    return 2 * WINDOW * sum(location.is_remote for location in locations)
+
+
 def fit(
-    tensors: Sequence[PlannedTensor], calls: Sequence[Call], budget: int | None
+    tensors: Sequence[PlannedTensor], calls: Sequence[Call], budget: int | None, reading: int
 ) -> tuple[tuple[PlannedTensor, ...], int]:
-    """Decide which tensors are held between passes, and predict a worker's peak in bytes.
+    """Decide which tensors are held between passes, and predict a worker's peak in bytes, `reading` ahead included.
 
     Tensors of methods with several passes are held where the budget allows, else read once per pass.
     Raises MemoryBudgetError, naming the tensor, if the budget does not suffice even so.
     """
-    baseline = baseline_bytes()
+    baseline = baseline_bytes() + reading
     methods = [call.build() for call in calls]
     peak = baseline
     fitted = []

@@ -100,7 +100,7 @@ def test_a_folder_without_weights_or_config(tmp_path: Path) -> None:
         ("/nothing/here", "no such folder"),
         ("nothing", "no such folder, and not a hub id"),
         ("a/b/c", "no such folder, and not a hub id"),
-        ("s3://bucket/x", "object storage is not supported yet"),
+        ("ftp://bucket/x", "s3:// or gs:// is expected"),
     ],
 )
 def test_a_place_that_is_none(text: str, said: str) -> None:

@@ -1,0 +1,81 @@
+"""A real S3 protocol server (moto's) that counts what it serves, and fails some requests if told to."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+from urllib.request import Request, urlopen
+
+BUCKET = "models"
+
+
+class Storage:
+    """`environment` is for clients; `served` has (path, bytes) of each object request that was answered."""
+
+    def __init__(self, url: str) -> None:
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": url,
+        }
+        self.served: list[tuple[str, int]] = []
+        self.fail_every = 0
+        self.failed = 0
+
+    def upload(self, folder: Path, name: str) -> str:
+        """Copy a folder there; returns its place."""
+        from pyarrow import fs
+
+        from raymerge.checkpoint.remote import open_filesystem
+
+        filesystem, path = open_filesystem(f"s3://{BUCKET}/{name}")
+        fs.copy_files(str(folder), path, destination_filesystem=filesystem)
+        return f"s3://{BUCKET}/{name}"
+
+    def bytes_served(self, part: str) -> int:
+        return sum(count for path, count in self.served if part in path)
+
+
+@contextmanager
+def serve(monkeypatch: Any) -> Iterator[Storage]:
+    """The server on loopback, with one bucket, and this process's environment set for it."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    application = DomainDispatcherApplication(create_backend_app)
+    lock, seen = Lock(), [0]
+
+    def counted(environ: dict[str, Any], respond: Callable[..., Any]) -> Any:
+        path = environ["PATH_INFO"]
+        with lock:
+            seen[0] += 1
+            if storage.fail_every and environ["REQUEST_METHOD"] == "GET" and seen[0] % storage.fail_every == 0:
+                storage.failed += 1
+                respond("503 Slow Down", [("Content-Length", "0")])
+                return [b""]
+        body = application(environ, respond)
+        if environ["REQUEST_METHOD"] != "GET":
+            return body
+        content = b"".join(body)
+        with lock:
+            storage.served.append((path, len(content)))
+        return [content]
+
+    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=MotoRequestHandler)
+    storage = Storage(f"http://127.0.0.1:{server.port}")
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        for name, value in storage.environment.items():
+            monkeypatch.setenv(name, value)
+        from raymerge.checkpoint.remote import open_filesystem
+
+        open_filesystem.cache_clear()
+        urlopen(Request(f"{storage.environment['AWS_ENDPOINT_URL']}/{BUCKET}", method="PUT")).close()
+        yield storage
+    finally:
+        open_filesystem.cache_clear()
+        server.shutdown()
+        thread.join()
