@@ -3,22 +3,26 @@
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.header import DTYPES, layout_bytes
+from raymerge.checkpoint.place import OutputPath, RemotePath, output_path
+from raymerge.checkpoint.remote_workspace import open_remote_workspace
 from raymerge.checkpoint.workspace import Workspace, open_workspace
 from raymerge.checkpoint.writer import write_text
 from raymerge.errors import RecipeError, StorageError, UserError
 from raymerge.plan.build import build_plan
 from raymerge.plan.finish import choose_chat_template, finish_folder
 from raymerge.plan.schema import Plan
-from raymerge.plan.units import discard_units
+from raymerge.plan.units import discard_units, read_fits
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
 from raymerge.report.facts import EVALUATION, write_facts
@@ -38,7 +42,7 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe
 class MergeResult:
     """Where a merge lies and what it took; `peak_bytes` is the largest resident memory of any worker."""
 
-    out: Path
+    out: OutputPath
     plan: Plan
     elapsed_seconds: float
     peak_bytes: int
@@ -72,7 +76,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge checkpoints into the folder `out`.
+    """Merge checkpoints into `out`, a folder or a prefix of object storage (`s3://`, `gs://`).
 
     `local` works in this process instead of on Ray; `workers` bounds the tasks at once. A killed merge is
     taken up again by the same call. Raises UserError before anything is written; NonFiniteTensor and
@@ -82,8 +86,8 @@ def merge(
     loaded = load_recipe(recipe).with_compute(memory=memory, workers=workers)
     planned = _plan(loaded, weightless=False)
     tell = progress or silent
-    target = Path(out)
-    with open_workspace(target, planned.digest, overwrite) as workspace:
+    target = output_path(out)
+    with _open(target, planned.digest, overwrite) as workspace:
         if workspace.finished:
             return MergeResult(
                 out=workspace.out,
@@ -95,19 +99,20 @@ def merge(
         todo = [number for number in range(len(planned.shards)) if not _is_whole(planned, number, workspace)]
         resumed = len(planned.shards) - len(todo)
         _check_space(planned, todo, workspace.folder)
-        pool = _pool(planned, loaded, local)
+        pool = _pool(planned, workspace.folder, loaded, local)
         plain = [number for number in todo if number not in planned.learned_shards]
         reports = run_plan(planned, workspace.folder, pool, plain, tell)
         peak = max((report.peak_bytes for report in reports), default=0)
         if planned.distillation is not None:
             from raymerge.run.distill import run_distillation
 
-            peak = max(peak, run_distillation(planned, workspace.folder, loaded, local, tell))
-        finish_folder(planned, workspace.folder, loaded.as_written(), target.absolute().name)
+            peak = max(peak, run_distillation(planned, workspace, loaded, local, tell))
+        finish_folder(planned, workspace.staging, loaded.as_written(), _name(target))
         elapsed = time.perf_counter() - begun
         write_facts(
-            workspace.folder,
+            workspace.staging,
             planned,
+            _fits(planned, workspace),
             reports,
             runner="local" if local else "ray",
             elapsed_seconds=elapsed,
@@ -128,7 +133,7 @@ class SearchResult:
     `facts["objectives"]` are of the best trial, on validation data; `facts["test"]` is of the merged checkpoint.
     """
 
-    out: Path
+    out: OutputPath
     facts: Mapping[str, Any]
 
 
@@ -147,6 +152,7 @@ def search(
     from raymerge.report.search import read_search, search_digest, write_search
     from raymerge.report.trials import best_of, write_trials
     from raymerge.run.search import SearchJob, check_searcher, discard_experiment, run_search
+    from raymerge.run.shared import Shared
 
     begun = time.perf_counter()
     loaded = load_recipe(recipe).anchored()
@@ -156,27 +162,31 @@ def search(
     check_search(loaded, asked)
     planned, *_ = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
     check_searcher(loaded, found)
-    with open_workspace(Path(out), search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
+    target = output_path(out)
+    with _open(target, search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
             return SearchResult(out=workspace.out, facts=read_search(workspace.out))
         examiner = make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model]))
-        job = SearchJob(recipe=loaded, search=asked, axes=found, examiner=examiner)
+        shared = Shared(folder=None, locations=planned.locations)
+        job = SearchJob(recipe=loaded, search=asked, axes=found, examiner=examiner, shared=shared)
         trials = run_search(job, workspace.folder, progress or silent)
         best = best_of(trials, asked)
         chosen = trial_recipe(loaded, found, best.values)
-        merged = merge(chosen, workspace.folder / "merged", overwrite=True, progress=progress).out
+        merged = merge(chosen, str(workspace.folder / "merged"), overwrite=True, progress=progress).out
         test = _measure_all(merged, chosen) if chosen.evaluate else None
-        write_trials(workspace.folder / "trials.parquet", trials, asked)
-        write_text(workspace.folder / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))
+        write_trials(workspace.staging / "trials.parquet", trials, asked)
+        write_text(workspace.staging / "best.yml", yaml.safe_dump(chosen.as_written(), sort_keys=False))
         write_search(
-            workspace.folder,
+            workspace.staging,
             asked=asked,
             best=best,
             trials=trials,
             elapsed_seconds=time.perf_counter() - begun,
             test=test,
         )
-        write_report(workspace.folder, workspace.out.name)
+        if isinstance(merged, RemotePath):
+            merged.copy_small(workspace.staging / "merged")
+        write_report(workspace.staging, workspace.out.name)
         discard_experiment(workspace.folder)
         workspace.publish()
     return SearchResult(out=workspace.out, facts=read_search(workspace.out))
@@ -213,15 +223,24 @@ def evaluate(
     return collect_scores(jobs, [scores[number] for number in range(len(jobs))])
 
 
-def report(out: str | Path, *, measure: bool = True) -> Path:
+def report(out: str | Path, *, measure: bool = True) -> OutputPath:
     """Write `report.html` into the output of a merge or a search; returns its path.
 
     `measure` has the recipe's evaluation tasks measured first, on the merged model, the experts and the base, where
-    that was not done before. Raises RayMergeError if `out` is no output.
+    that was not done before. On object storage it shows no coefficients, which are as large as the experts.
+    Raises RayMergeError if `out` is no output.
     """
-    from raymerge.report.page import write_report
+    from raymerge.report.page import PICTURES, write_report
 
-    folder = Path(out)
+    place = output_path(out)
+    if isinstance(place, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="raymerge-") as kept:
+            place.copy_small(Path(kept))
+            write_report(Path(kept), place.name)
+            for path in (Path(kept, "report.html"), *Path(kept, PICTURES).iterdir()):
+                (place / path.relative_to(kept).as_posix()).write_bytes(path.read_bytes())
+        return place / "report.html"
+    folder = place
     merged = folder / "merged" if (folder / "merged").is_dir() else folder
     recipe = merged / "raymerge" / "recipe.yml"
     if measure and recipe.is_file() and not (merged / EVALUATION).is_file() and load_recipe(recipe).evaluate:
@@ -232,9 +251,9 @@ def report(out: str | Path, *, measure: bool = True) -> Path:
     return write_report(folder, folder.absolute().name)
 
 
-def _measure_all(merged: Path, recipe: Recipe) -> dict[str, Any]:
+def _measure_all(merged: OutputPath, recipe: Recipe) -> dict[str, Any]:
     """Measure a merged model, the base and the experts on their tasks, and keep the scores beside the model."""
-    found = evaluate(merged, recipe, experts=True)
+    found = evaluate(str(merged), recipe, experts=True)
     base = evaluate(recipe.base, recipe).tasks if recipe.base is not None else {}
     tasks = {
         name: {
@@ -251,7 +270,23 @@ def _measure_all(merged: Path, recipe: Recipe) -> dict[str, Any]:
     return measured
 
 
-def _pool(planned: Plan, recipe: Recipe, local: bool) -> Pool:
+def _open(out: OutputPath, digest: str, overwrite: bool) -> AbstractContextManager[Workspace]:
+    if isinstance(out, RemotePath):
+        return open_remote_workspace(out, digest, overwrite)
+    return open_workspace(out, digest, overwrite)
+
+
+def _name(out: OutputPath) -> str:
+    return out.name if isinstance(out, RemotePath) else out.absolute().name
+
+
+def _fits(planned: Plan, workspace: Workspace) -> list[dict[str, object]]:
+    if planned.distillation is None:
+        return []
+    return read_fits(workspace.folder, [unit.name for unit in planned.distillation.units])
+
+
+def _pool(planned: Plan, folder: OutputPath, recipe: Recipe, local: bool) -> Pool:
     compute = recipe.compute
     if local:
         if compute.gpus_per_worker:
@@ -259,8 +294,10 @@ def _pool(planned: Plan, recipe: Recipe, local: bool) -> Pool:
         return LocalPool(compute.workers)
     # Ray takes a second to import; local merges do without.
     from raymerge.run.cluster import RayPool
+    from raymerge.run.shared import Shared
 
-    return RayPool(compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker)
+    shared = Shared(folder=folder, locations=planned.locations)
+    return RayPool(compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker, shared)
 
 
 def _shard_bytes(planned: Plan, number: int) -> int:
@@ -268,10 +305,13 @@ def _shard_bytes(planned: Plan, number: int) -> int:
 
 
 def _is_whole(planned: Plan, number: int, workspace: Workspace) -> bool:
-    return workspace.is_whole(planned.shards[number].file, _shard_bytes(planned, number))
+    shard = planned.shards[number]
+    return workspace.is_whole(shard.file, layout_bytes(shard.layout))
 
 
-def _check_space(planned: Plan, todo: list[int], folder: Path) -> None:
+def _check_space(planned: Plan, todo: list[int], folder: OutputPath) -> None:
+    if isinstance(folder, RemotePath):
+        return
     needed = sum(_shard_bytes(planned, number) for number in todo)
     free = shutil.disk_usage(folder).free
     if needed > free:

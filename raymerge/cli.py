@@ -35,7 +35,7 @@ out_console = Console()
 err_console = Console(stderr=True)
 
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe, ours or mergekit's", metavar="RECIPE")]
-OutArgument = Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")]
+OutArgument = Annotated[str, typer.Argument(help="folder to write, or s3://..., gs://...", metavar="OUT")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 Workers = Annotated[int | None, typer.Option(min=1, help="tasks at once; as many as fit by default")]
@@ -152,7 +152,7 @@ def evaluate(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Argument(help="the output of a merge or a search", metavar="OUT")],
+    out: Annotated[str, typer.Argument(help="the output of a merge or a search", metavar="OUT")],
     measure: Annotated[bool, typer.Option(help="measure the recipe's evaluation tasks first")] = True,
 ) -> None:
     """Write OUT/report.html: scores, losses, coefficients, task vectors, trials, costs, on one page."""
@@ -186,7 +186,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
 
 @app.command()
 def demo(
-    out: OutArgument,
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:

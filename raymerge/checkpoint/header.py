@@ -30,6 +30,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+Layout = Iterable[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, dtype and shape of the tensors of a file, in order of their bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -112,9 +115,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def build_header(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
-) -> tuple[bytes, tuple[Entry, ...]]:
+def build_header(tensors: Layout) -> tuple[bytes, tuple[Entry, ...]]:
     """The first bytes of a file for tensors laid out in the order given, and where each starts."""
     listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -126,3 +127,9 @@ def build_header(
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return head, parse_header(text, len(head) + end, "new shard")
+
+
+def layout_bytes(tensors: Layout) -> int:
+    """The size of a file of these tensors."""
+    head, entries = build_header(tensors)
+    return len(head) + sum(entry.num_bytes for entry in entries)

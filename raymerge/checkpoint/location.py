@@ -60,6 +60,15 @@ class Location:
             raise CheckpointError(f"{path}: no such file; is the checkpoint complete?")
         return path
 
+    def as_pretrained(self) -> tuple[str, str]:
+        """Name and revision as `from_pretrained` of transformers takes them, of all but the weights."""
+        if self.is_remote:
+            for name in self.files():
+                if not name.endswith(".safetensors"):
+                    self.local_path(name)
+            return str(self.local_path("config.json").parent), "main"
+        return self.path, self.revision or "main"
+
     def cached_path(self, name: str) -> Path | None:
         """Where a file of a hub's checkpoint lies in the cache; None if it has not been downloaded."""
         from huggingface_hub import try_to_load_from_cache

@@ -12,33 +12,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from raymerge.checkpoint.place import OutputPath, RemotePath
 from raymerge.checkpoint.writer import TEMPORARY, sync_folder, write_text
 from raymerge.errors import OutputError, StorageError
 
 _OURS = "raymerge"
-_DIGEST = f"{_OURS}/plan.sha256"
+DIGEST = f"{_OURS}/plan.sha256"
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """An output in the making. `folder` is the partial folder while `finished` is False."""
+    """An output in the making: the weights grow in `folder`, all that is small in `staging`.
 
-    out: Path
-    folder: Path
+    On a disk both are the partial folder, while `finished` is False.
+    """
+
+    out: OutputPath
+    folder: OutputPath
+    staging: Path
     finished: bool
 
     def is_whole(self, file: str, num_bytes: int) -> bool:
         """A file written by this or an earlier run: files appear under their names only when whole."""
         path = self.folder / file
-        return path.is_file() and path.stat().st_size >= num_bytes
+        if isinstance(path, RemotePath):
+            return path.num_bytes == num_bytes
+        return path.is_file() and path.stat().st_size == num_bytes
 
     def publish(self) -> None:
         """Rename the partial folder to the output's name. Raises StorageError."""
+        assert isinstance(self.out, Path)
         try:
-            for left in self.folder.rglob(f"*{TEMPORARY}"):
+            for left in self.staging.rglob(f"*{TEMPORARY}"):
                 left.unlink(missing_ok=True)
-            sync_folder(self.folder)
-            os.rename(self.folder, self.out)
+            sync_folder(self.staging)
+            os.rename(self.staging, self.out)
             # Not before: whoever takes the lock must find either the lock held or the output in place.
             (self.out / _LOCK).unlink()
             sync_folder(self.out.parent)
@@ -51,7 +59,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspace]:
-    """The workspace of an output whose plan has this digest.
+    """The workspace of an output on a disk whose plan has this digest.
 
     Raises OutputError if the output exists with other contents, holds unfinished work of another plan,
     or is being written by another process. `overwrite` removes what is in the way, when the new output
@@ -60,7 +68,7 @@ def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspac
     out = out.absolute()
     partial = out.with_name(f"{out.name}.partial")
     if _is_finished(out, digest, overwrite):
-        yield Workspace(out, out, True)
+        yield Workspace(out, out, out, True)
         return
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -75,7 +83,7 @@ def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspac
         # Another process may have put its output in place since it was looked for.
         if _is_finished(out, digest, overwrite):
             shutil.rmtree(partial, ignore_errors=True)
-            yield Workspace(out, out, True)
+            yield Workspace(out, out, out, True)
             return
         try:
             _resume_or_begin(partial, digest, overwrite)
@@ -83,7 +91,7 @@ def open_workspace(out: Path, digest: str, overwrite: bool) -> Iterator[Workspac
                 shutil.rmtree(out)
         except OSError as problem:
             raise OutputError(f"{problem.filename or out}: cannot be removed: {problem.strerror}") from None
-        yield Workspace(out, partial, False)
+        yield Workspace(out, partial, partial, False)
     finally:
         os.close(handle)
 
@@ -117,7 +125,7 @@ def _resume_or_begin(partial: Path, digest: str, overwrite: bool) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-    write_text(partial / _DIGEST, digest)
+    write_text(partial / DIGEST, digest)
 
 
 def _is_taken(out: Path) -> bool:
@@ -125,7 +133,7 @@ def _is_taken(out: Path) -> bool:
 
 
 def _digest_of(folder: Path) -> str | None:
-    path = folder / _DIGEST
+    path = folder / DIGEST
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 

@@ -1,16 +1,22 @@
-"""Write one safetensors file while its tensors are computed: known layout, temp name, fsync, rename."""
+"""Write one safetensors file while its tensors are computed: known layout, temp name, fsync, rename.
+
+On object storage (upload.py) a file appears when its upload ends.
+"""
 
 import errno
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from raymerge.checkpoint.header import build_header
+from raymerge.checkpoint.header import Layout, build_header
+from raymerge.checkpoint.place import OutputPath, RemotePath
+from raymerge.checkpoint.upload import open_upload
 from raymerge.errors import StorageError
 
 TEMPORARY = ".tmp"
@@ -37,13 +43,27 @@ class ShardWriter:
         self.bytes_written += done
 
 
-@contextmanager
-def open_shard(path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> Iterator[ShardWriter]:
-    """Write a safetensors file of `tensors` (name, dtype, shape) in this order.
+class TensorWriter(Protocol):
+    """Takes entries of tensors, range by range and in order."""
 
-    The file appears under its name only when everything in it is on the disk. Space is reserved
-    first, so a full disk is found before work is done. Raises StorageError.
+    bytes_written: int
+
+    def write(self, name: str, first: int, entries: Tensor) -> None:
+        """Write flat `entries` of tensor `name` from entry `first` on, in the dtype given at the start."""
+        ...
+
+
+def open_shard(path: OutputPath, tensors: Layout) -> AbstractContextManager[TensorWriter]:
+    """Write a safetensors file of these tensors, in this order; it appears under its name when it is whole.
+
+    Raises StorageError.
     """
+    return open_upload(path, tensors) if isinstance(path, RemotePath) else _open_file(path, tensors)
+
+
+@contextmanager
+def _open_file(path: Path, tensors: Layout) -> Iterator[ShardWriter]:
+    """Space is reserved first, so a full disk is found before work is done."""
     header, entries = build_header(tensors)
     size = len(header) + sum(entry.num_bytes for entry in entries)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
@@ -71,7 +91,7 @@ def open_shard(path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, 
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: OutputPath, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file of tensors that are there, on any device. Raises StorageError."""
     layout = [(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
     with open_shard(path, layout) as writer:
@@ -79,8 +99,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             writer.write(name, 0, value.detach().cpu())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: temp name, fsync, rename. Raises StorageError."""
+def write_text(path: OutputPath, text: str) -> None:
+    """Write a small file whole. Raises StorageError."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(text.encode())
+        return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -104,14 +104,15 @@ def _merge(out: Path, method: str, own: Mapping[str, float], workers: int | None
     recipe = write_recipe(out, method)
     # For a model this small, starting a group of workers that learn takes longer than learning.
     learners = 1 if method == "prodistill" else workers
-    merged = api.merge(recipe, out / "merged" / method, workers=learners, overwrite=True)
+    place = out / "merged" / method
+    merged = api.merge(recipe, place, workers=learners, overwrite=True)
     step(f"merged {method}")
-    scores = _scores(merged.out, recipe)
+    scores = _scores(place, recipe)
     step(f"measured {method}")
     return Row(
         name=method,
         kind="merge",
-        path=merged.out,
+        path=place,
         scores=scores,
         share_kept=_share(scores, own),
         elapsed_seconds=merged.elapsed_seconds,
@@ -123,13 +124,14 @@ def _search(out: Path, own: Mapping[str, float], step: Callable[[str], None]) ->
     """Task arithmetic with a coefficient for each expert, found by Ray Tune on the calibration images."""
     recipe = write_search(out)
     found = api.search(recipe, out / "search", overwrite=True)
+    place = out / "search" / "merged"
     step("searched coefficients")
-    scores = _scores(found.out / "merged", recipe)
+    scores = _scores(place, recipe)
     step("measured the best")
     return Row(
         name="search",
         kind="merge",
-        path=found.out / "merged",
+        path=place,
         scores=scores,
         share_kept=_share(scores, own),
         elapsed_seconds=found.facts["elapsed_seconds"],

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.checkpoint.place import output_path
 from raymerge.errors import RecipeError
 from raymerge.evaluate.measure import Score, measure
 from raymerge.evaluate.rows import check_task
@@ -44,7 +44,7 @@ def measurements(model: str, recipe: Recipe, experts: bool) -> list[Measurement]
 def _of_model(model: str, task: Task, recipe: Recipe) -> Measurement:
     if task.expert is None:
         return Measurement(model=model, task=task)
-    if (Path(model) / "raymerge").is_dir():
+    if (output_path(model) / "raymerge/recipe.yml").is_file():
         return Measurement(model=model, task=task, head=task.expert)
     if task.kind == "classification" and not has_classifier(open_checkpoint(model).config):
         return Measurement(model=model, task=task, head_from=recipe.experts[task.expert].path)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raymerge.checkpoint.remote import is_remote
 from raymerge.errors import RecipeError
 from raymerge.learn.batches import TokenRows, tokenise
 from raymerge.learn.images import to_pixels
@@ -72,7 +73,7 @@ def find_calibration(expert: str, data: str) -> Calibration:
     rows.require({column: COLUMNS[column]})
     rows.require_some()
     # Workers may stand in another folder.
-    place = data if "://" in data else str(Path(data).expanduser().absolute())
+    place = data if is_remote(data) else str(Path(data).expanduser().absolute())
     return Calibration(expert=expert, data=place, column=column, fingerprint=rows.fingerprint)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
+from raymerge.checkpoint.remote import is_remote, open_filesystem
 from raymerge.errors import RecipeError, nearest
 
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson")
@@ -85,8 +86,8 @@ class Rows:
     def _find(self) -> tuple[pa.fs.FileSystem, list[str]]:
         """The file system, and the paths of the files there."""
         try:
-            if "://" in self.data:
-                filesystem, path = pa.fs.FileSystem.from_uri(self.data)
+            if is_remote(self.data):
+                filesystem, path = open_filesystem(self.data)
             else:
                 filesystem, path = pa.fs.LocalFileSystem(), str(Path(self.data).expanduser().absolute())
             info = filesystem.get_file_info(path)

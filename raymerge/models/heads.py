@@ -4,8 +4,7 @@ Format, below a merged folder: `raymerge/heads/<expert>/config.json` is the expe
 `raymerge/heads/<expert>/model.safetensors` holds its tensors that were not merged, as the expert names them.
 """
 
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from raymerge.checkpoint.index import SINGLE, Checkpoint, open_checkpoint
 from raymerge.checkpoint.model_folder import HEADS
-from raymerge.checkpoint.reader import StoredTensor, open_reader
+from raymerge.checkpoint.remote import is_remote
 from raymerge.errors import CheckpointError
 from raymerge.models.families import base_model_prefix
-from raymerge.models.load import architecture, load_as_saved, require_complete
+from raymerge.models.load import architecture, load_as_saved, read_tensors, require_complete
 from raymerge.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def load_task_model(out: str | Path, expert: str) -> "PreTrainedModel":
     Where the expert has no head of its own (it was merged too), the merged model as it is. Raises
     CheckpointError if the folder or expert is unknown, or tensors of the model are in neither part.
     """
+    if is_remote(str(out)):
+        return _load_remote_task_model(str(out), expert)
     folder = Path(out)
     heads = folder / HEADS
     if not folder.is_dir():
@@ -42,6 +43,15 @@ def load_task_model(out: str | Path, expert: str) -> "PreTrainedModel":
         return load_as_saved(str(folder.absolute()))
     owner = open_checkpoint(str((heads / expert).absolute()))
     return _assemble(open_checkpoint(str(folder.absolute())), owner, tuple(owner.tensors))
+
+
+def _load_remote_task_model(out: str, expert: str) -> "PreTrainedModel":
+    try:
+        owner = open_checkpoint(f"{out}/{HEADS}/{expert}")
+    except CheckpointError:
+        # Its head was merged, or it is not known: then the model says what it lacks.
+        return load_as_saved(out)
+    return _assemble(open_checkpoint(out), owner, tuple(owner.tensors))
 
 
 def load_with_head(trunk: str, owner: str) -> "PreTrainedModel":
@@ -68,7 +78,7 @@ def _assemble(trunk: Checkpoint, owner: Checkpoint, names: tuple[str, ...]) -> "
     prefix = base_model_prefix(owner.config)
     replaced = {_core(name, prefix) for name in names}
     kept = [name for name in trunk.tensors if _core(name, prefix) not in replaced]
-    return assemble(_read(trunk, kept), trunk.config, str(trunk.location), owner, names)
+    return assemble(read_tensors(trunk, kept), trunk.config, str(trunk.location), owner, names)
 
 
 def assemble(
@@ -91,7 +101,7 @@ def assemble(
         settings = cls.config_class.from_dict(dict(kind))
         _adopt_vocabulary(settings, config)
         # from_pretrained adds or removes the prefix tensor by tensor, and knows names of older versions.
-        state = {**tensors, **(_read(owner, names) if owner else {})}
+        state = {**tensors, **(read_tensors(owner, names) if owner else {})}
         with quiet():
             model, info = cls.from_pretrained(
                 None, config=settings, state_dict=state, dtype="auto", output_loading_info=True
@@ -116,16 +126,6 @@ def _adopt_vocabulary(config: Any, trunk: Mapping[str, Any]) -> None:
         for key in _OF_THE_VOCABULARY:
             if source.get(key) is not None and hasattr(target, key):
                 setattr(target, key, source[key])
-
-
-def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    with open_reader([checkpoint.location]) as reader:
-        for name in names:
-            file, entry = checkpoint.tensors[name]
-            stored = StoredTensor(0, file, name, entry.start, entry.dtype, entry.shape)
-            found[name] = reader.read(stored, 0, prod(entry.shape)).view(entry.shape)
-    return found
 
 
 def _core(name: str, prefix: str | None) -> str:

@@ -4,14 +4,17 @@ Always from safetensors, in eval mode, and never with code that comes with a che
 checkpoint does not have is an error: transformers would draw it at random.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from raymerge.checkpoint.index import read_json
+from raymerge.checkpoint.index import Checkpoint, open_checkpoint, read_json
 from raymerge.checkpoint.location import Location, resolve
+from raymerge.checkpoint.reader import StoredTensor, open_reader
 from raymerge.errors import CheckpointError
 from raymerge.models import vocabulary
 from raymerge.models.quiet import quiet
@@ -73,7 +76,8 @@ def load_image_processor(model: str) -> Any:
 
     location = resolve(model)
     with _as_checkpoint_error(location, "its image processor cannot be loaded"), quiet():
-        return AutoImageProcessor.from_pretrained(location.path, revision=location.revision or "main", backend="pil")
+        place, revision = location.as_pretrained()
+        return AutoImageProcessor.from_pretrained(place, revision=revision, backend="pil")
 
 
 def reads_images(model: "PreTrainedModel") -> bool:
@@ -109,16 +113,34 @@ def require_complete(model: "PreTrainedModel", missing: list[str], where: str) -
 
 
 def _load(cls: Any, location: Location) -> "PreTrainedModel":
+    from transformers import AutoConfig
+
     with _as_checkpoint_error(location, f"{cls.__name__} cannot be loaded"), quiet():
-        model, info = cls.from_pretrained(
-            location.path,
-            revision=location.revision or "main",
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        place, revision = location.as_pretrained()
+        if location.is_remote:
+            config = AutoConfig.from_pretrained(place)
+            # An Auto class knows models by their configs; weights go from the storage to the model, not through files.
+            kind = cls._model_mapping[type(config)] if hasattr(cls, "_model_mapping") else cls
+            checkpoint = open_checkpoint(str(location))
+            given: dict[str, Any] = {"config": config, "state_dict": read_tensors(checkpoint, checkpoint.tensors)}
+            model, info = kind.from_pretrained(None, dtype="auto", output_loading_info=True, **given)
+        else:
+            model, info = cls.from_pretrained(
+                place, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
     require_complete(model, list(info["missing_keys"]), str(location))
     return model
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, in the stored dtype. Raises StorageError."""
+    found: dict[str, Tensor] = {}
+    with open_reader([checkpoint.location]) as reader:
+        for name in names:
+            file, entry = checkpoint.tensors[name]
+            stored = StoredTensor(0, file, name, entry.start, entry.dtype, entry.shape)
+            found[name] = reader.read(stored, 0, prod(entry.shape)).view(entry.shape)
+    return found
 
 
 def _is_for_images(location: Location) -> bool:
@@ -129,7 +151,8 @@ def _is_for_images(location: Location) -> bool:
     )
 
     with _as_checkpoint_error(location, "its config cannot be read"), quiet():
-        config = AutoConfig.from_pretrained(location.path, revision=location.revision or "main")
+        place, revision = location.as_pretrained()
+        config = AutoConfig.from_pretrained(place, revision=revision)
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return True
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:

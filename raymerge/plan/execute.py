@@ -10,15 +10,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.place import OutputPath
 from raymerge.checkpoint.reader import Reader, is_finite, open_reader
-from raymerge.checkpoint.writer import open_shard
+from raymerge.checkpoint.writer import TensorWriter, open_shard
 from raymerge.errors import NonFiniteTensor, RayMergeError
 from raymerge.methods.base import StatisticsMethod, TensorMethod, begin, shaped
 from raymerge.ops.randomness import Draws
@@ -39,24 +39,17 @@ class ShardReport:
     peak_bytes: int
 
 
-class Writer(Protocol):
-    """Takes entries of tensors, range by range."""
-
-    def write(self, name: str, first: int, entries: Tensor) -> None: ...
-
-
 def merge_shard(
-    job: ShardJob, folder: Path, known: Any = None, fitted: Mapping[str, Tensor] | None = None
+    job: ShardJob, folder: OutputPath, known: Any = None, fitted: Mapping[str, Tensor] | None = None
 ) -> ShardReport:
-    """Write one shard below `folder`, whole or not at all.
+    """Write one shard below `folder`, on a disk or object storage, whole or not at all.
 
     `known` are the statistics of the whole model, for methods with scope `model`; `fitted` are tensors by name that
     were learned, and are written as they are. Raises StorageError,
     NonFiniteTensor, or RayMergeError naming the tensor.
     """
     begun = time.perf_counter()
-    layout = [(tensor.name, DTYPES[tensor.dtype], tensor.shape) for tensor in job.shard.tensors]
-    with open_reader(job.locations) as reader, open_shard(folder / job.shard.file, layout) as writer:
+    with open_reader(job.locations) as reader, open_shard(folder / job.shard.file, job.shard.layout) as writer:
         _merge_all(job, reader, writer, known, fitted or {})
         bytes_read = reader.bytes_read
     return ShardReport(
@@ -77,7 +70,7 @@ def merge_into(tensors: Mapping[str, Tensor], job: ShardJob, known: Any = None) 
         _merge_all(job, reader, _MemoryWriter(tensors), known, {})
 
 
-def _merge_all(job: ShardJob, reader: Reader, writer: Writer, known: Any, fitted: Mapping[str, Tensor]) -> None:
+def _merge_all(job: ShardJob, reader: Reader, writer: TensorWriter, known: Any, fitted: Mapping[str, Tensor]) -> None:
     methods = {number: call.build() for number, call in job.calls.items()}
     for tensor in job.shard.tensors:
         if tensor.name in fitted:
@@ -93,10 +86,12 @@ class _MemoryWriter:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+        self.bytes_written = 0
 
     def write(self, name: str, first: int, entries: Tensor) -> None:
         flat = entries.flatten()
         self._tensors[name].view(-1)[first : first + len(flat)] = flat
+        self.bytes_written += flat.nbytes
 
 
 def measure_shard(job: ShardJob, known: Any = None) -> Tensor | None:
@@ -185,7 +180,7 @@ def _measure(stream: _Stream, method: StatisticsMethod, known: Any) -> Tensor:
     return total
 
 
-def _merge(stream: _Stream, writer: Writer, known: Any) -> None:
+def _merge(stream: _Stream, writer: TensorWriter, known: Any) -> None:
     method, name, dtype = stream.method, stream.tensor.name, DTYPES[stream.tensor.dtype]
     try:
         if isinstance(method, StatisticsMethod) and method.scope == "tensor" and stream.tensor.num_elements:
@@ -203,14 +198,14 @@ def _merge(stream: _Stream, writer: Writer, known: Any) -> None:
         raise RayMergeError(f"{name}: merging failed: {problem}") from problem
 
 
-def _write_fitted(tensor: PlannedTensor, fitted: Tensor, writer: Writer) -> None:
+def _write_fitted(tensor: PlannedTensor, fitted: Tensor, writer: TensorWriter) -> None:
     written = fitted.to(DTYPES[tensor.dtype])
     if not is_finite(written):
         raise NonFiniteTensor(f"{tensor.name}: what was learned overflows {tensor.dtype}; lower settings.lr")
     writer.write(tensor.name, 0, written)
 
 
-def _copy(tensor: PlannedTensor, reader: Reader, writer: Writer) -> None:
+def _copy(tensor: PlannedTensor, reader: Reader, writer: TensorWriter) -> None:
     assert tensor.base is not None
     for first in range(0, tensor.num_elements, CHUNK):
         entries = read_source(reader, tensor.base, first, min(CHUNK, tensor.num_elements - first))

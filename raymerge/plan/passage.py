@@ -5,11 +5,10 @@ Files outlive the workers: a stage that is started again finds what the one befo
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from raymerge.checkpoint.place import OutputPath, load_tensors
 from raymerge.checkpoint.writer import write_tensors
 from raymerge.distill.engine import Group
 from raymerge.distill.stages import Stage
@@ -22,7 +21,7 @@ WAIT_SECONDS = 0.2
 class FilePassage:
     """The files of one rank of one stage: one per batch and path."""
 
-    def __init__(self, folder: Path, stage: Stage, group: Group) -> None:
+    def __init__(self, folder: OutputPath, stage: Stage, group: Group) -> None:
         self._folder = folder / UNITS
         self._stage = stage
         # Which rows a rank has depends on the number of ranks, and which blocks on the number of stages.
@@ -37,8 +36,7 @@ class FilePassage:
         path = self._path(self._stage.number - 1, key)
         while not path.is_file():
             time.sleep(WAIT_SECONDS)
-        found: dict[str, Tensor] = load_file(path)
-        return found
+        return load_tensors(path)
 
-    def _path(self, stage: int, key: str) -> Path:
+    def _path(self, stage: int, key: str) -> OutputPath:
         return self._folder / f"stage-{stage}-of-{self._stage.count}-rank-{self._rank}-{key}.safetensors"

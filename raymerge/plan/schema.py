@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Any
 
+import torch
 from pydantic import AfterValidator, TypeAdapter
 
 from raymerge import methods
+from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.location import Location
 from raymerge.checkpoint.model_folder import HEADS
 from raymerge.checkpoint.reader import StoredTensor
@@ -91,6 +93,11 @@ class Shard:
     def is_head(self) -> bool:
         """It is what an expert keeps for itself, no part of the merged model."""
         return self.file.startswith(f"{HEADS}/")
+
+    @property
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of its tensors, in order."""
+        return [(tensor.name, DTYPES[tensor.dtype], tensor.shape) for tensor in self.tensors]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,15 +1,13 @@
 """The files of a distillation: finished units as shards of the output; drafts, movements and curves beside them."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.place import OutputPath, load_tensors, remove_tree
 from raymerge.checkpoint.reader import open_reader
 from raymerge.checkpoint.writer import open_shard, write_tensors, write_text
 from raymerge.distill.engine import Group
@@ -27,7 +25,7 @@ UNITS = "raymerge/units"
 class PlanUnits:
     """Keeps the units of a plan below an output folder that all ranks share; rank 0 writes."""
 
-    def __init__(self, plan: Plan, folder: Path, trunk: Trunk, weights: PlanWeights, group: Group) -> None:
+    def __init__(self, plan: Plan, folder: OutputPath, trunk: Trunk, weights: PlanWeights, group: Group) -> None:
         assert plan.distillation is not None
         self._plan = plan
         self._units = plan.distillation
@@ -44,7 +42,7 @@ class PlanUnits:
         wanted = {tensor.name for tensor in self._weights.tensors_of(names)}
         stored: dict[str, Tensor] = {}
         for shard in shards:
-            stored |= {name: value for name, value in load_file(self._folder / shard.file).items() if name in wanted}
+            stored |= {name: value for name, value in load_tensors(self._folder / shard.file).items() if name in wanted}
         return self._weights.as_written(stored)
 
     def write(self, unit: str, merged: Weights, moved: Weights, found: UnitFit) -> Weights:
@@ -63,7 +61,7 @@ class PlanUnits:
     def draft(self, unit: str) -> Weights | None:
         """What a first fit of a unit has moved; None if there was none."""
         path = self._moved_path(f"{unit}{DRAFT}")
-        return load_file(path) if path.is_file() else None
+        return load_tensors(path) if path.is_file() else None
 
     def write_draft(self, unit: str, moved: Weights, found: UnitFit) -> None:
         """Keep what a first fit of a unit has moved."""
@@ -75,11 +73,11 @@ class PlanUnits:
     def _write_facts(self, unit: str, found: UnitFit) -> None:
         write_text(self._folder / UNITS / f"{unit}.json", json.dumps(asdict(found)))
 
-    def _moved_path(self, unit: str) -> Path:
+    def _moved_path(self, unit: str) -> OutputPath:
         return self._folder / UNITS / f"{unit}.safetensors"
 
 
-def read_fits(folder: Path, units: Sequence[str]) -> list[dict[str, object]]:
+def read_fits(folder: OutputPath, units: Sequence[str]) -> list[dict[str, object]]:
     """The curves of all units below an output folder, drafts first where there are any."""
     found = []
     for unit in units:
@@ -90,12 +88,12 @@ def read_fits(folder: Path, units: Sequence[str]) -> list[dict[str, object]]:
     return found
 
 
-def discard_units(folder: Path) -> None:
+def discard_units(folder: OutputPath) -> None:
     """Remove what only served to go on after a kill, when the facts of the run have been written."""
-    shutil.rmtree(folder / UNITS, ignore_errors=True)
+    remove_tree(folder / UNITS)
 
 
-def write_coefficients(plan: Plan, folder: Path) -> None:
+def write_coefficients(plan: Plan, folder: OutputPath) -> None:
     """Write `raymerge/coefficients.safetensors`: `<expert>.<parameter>` for each element, or each tensor's number."""
     assert plan.distillation is not None
     with open_reader(plan.locations) as reader:
@@ -103,12 +101,12 @@ def write_coefficients(plan: Plan, folder: Path) -> None:
         _write_coefficients(plan, folder, PlanWeights(plan, trunk, reader))
 
 
-def _write_coefficients(plan: Plan, folder: Path, weights: PlanWeights) -> None:
+def _write_coefficients(plan: Plan, folder: OutputPath, weights: PlanWeights) -> None:
     assert plan.distillation is not None
     experts = [model.name for model in plan.models if model.name != "base"]
     moved: dict[str, Tensor] = {}
     for unit in plan.distillation.units:
-        moved |= load_file(folder / UNITS / f"{unit.name}.safetensors")
+        moved |= load_tensors(folder / UNITS / f"{unit.name}.safetensors")
     elementwise = plan.calls[0].settings["granularity"] == "element"
     layout = [
         (f"{expert}.{name}", DTYPES["F32"], tuple(value.shape) if elementwise else ())

@@ -1,7 +1,7 @@
 """The facts of a run, `raymerge/run.json`: versions, inputs, timings, memory; written last, it marks completion."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,6 @@ from typing import Any
 from raymerge.checkpoint.model_folder import write_json
 from raymerge.plan.execute import ShardReport
 from raymerge.plan.schema import Plan
-from raymerge.plan.units import read_fits
 
 # Scores of a merged model, the base and the experts, where they were measured.
 EVALUATION = "raymerge/evaluation.json"
@@ -22,6 +21,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "ray", "deepspeed", "numpy")
 def write_facts(
     folder: Path,
     plan: Plan,
+    fits: Sequence[Mapping[str, object]],
     reports: Sequence[ShardReport],
     *,
     runner: str,
@@ -29,7 +29,8 @@ def write_facts(
     peak_bytes: int,
     resumed: int,
 ) -> None:
-    """Write `raymerge/run.json` below `folder`. `resumed` counts shards that an earlier run had finished."""
+    """Write `raymerge/run.json` below `folder`. `fits` are the curves of what was learned, `resumed` counts
+    shards that an earlier run had finished."""
     write_json(
         folder / "raymerge" / "run.json",
         {
@@ -51,19 +52,19 @@ def write_facts(
             "predicted_peak_bytes_per_worker": plan.cost.peak_bytes_per_worker,
             "shards_resumed": resumed,
             "shards": [asdict(report) for report in sorted(reports, key=lambda report: report.file)],
-            **_learning(folder, plan),
+            **_learning(plan, fits),
             "notes": list(plan.notes),
         },
     )
 
 
-def _learning(folder: Path, plan: Plan) -> dict[str, Any]:
+def _learning(plan: Plan, fits: Sequence[Mapping[str, object]]) -> dict[str, Any]:
     """Losses of every unit, epoch by epoch, and the samples they were learned from."""
     if plan.distillation is None:
         return {}
     return {
         "calibration": [asdict(calibration) for calibration in plan.distillation.calibrations],
-        "units": read_fits(folder, [unit.name for unit in plan.distillation.units]),
+        "units": list(fits),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raymerge.checkpoint.place import OutputPath
 from raymerge.checkpoint.writer import write_text
 from raymerge.plan.schema import Plan
 from raymerge.recipe.schema import Recipe, Search
@@ -46,7 +47,7 @@ def write_search(
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
-def read_search(folder: Path) -> dict[str, Any]:
+def read_search(folder: OutputPath) -> dict[str, Any]:
     """What a search has found."""
     found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return found

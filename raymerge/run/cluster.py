@@ -17,6 +17,10 @@ import ray
 
 from raymerge.errors import MemoryBudgetError, RayMergeError, RecipeError
 from raymerge.run.allocator import keep_freed_chunks
+from raymerge.run.nodes import Preference, look_around
+from raymerge.run.shared import Shared
+
+logger = logging.getLogger("raymerge")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -90,13 +94,17 @@ def _import() -> None:
 class RayPool:
     """Tasks on a Ray cluster, at most `workers` at once (None: as many as the cluster has room for).
 
-    `memory_bytes` is what a task asks for. A killed worker's task is run again by Ray; an error raised
-    by the function is not, it ends the run.
+    `memory_bytes` is what a task asks for, `shared` what each node must see. A killed worker's task is run again by
+    Ray, on another node if its own is lost; an error raised by the function is not, it ends the run.
     """
 
-    def __init__(self, workers: int | None, memory_bytes: int, gpus_per_worker: float = 0) -> None:
+    def __init__(
+        self, workers: int | None, memory_bytes: int, gpus_per_worker: float = 0, shared: Shared | None = None
+    ) -> None:
         self.device = "cuda" if gpus_per_worker else "cpu"
         self._workers = workers
+        self._shared = shared
+        self._preference: Preference | None = None
         self._may_begin_here = not gpus_per_worker
         self._options: dict[str, Any] = {
             "num_cpus": 1,
@@ -110,12 +118,14 @@ class RayPool:
         waiting = list(enumerate(items))[::-1]
         while waiting and self._may_begin_here and not _ready.is_set():
             number, item = waiting.pop()
-            yield number, _call(function, item)
+            yield number, _call(function, item, None)
         if not waiting:
             return
         _ready.wait()
         connect()
         require_room(num_cpus=1, num_gpus=self._options["num_gpus"], memory_bytes=self._options["memory"])
+        if self._preference is None:
+            self._preference = Preference(look_around(self._shared) if self._shared else {})
         task = ray.remote(**self._options)(_call)
         running: dict[Any, int] = {}
         most = self._workers or len(items)
@@ -123,7 +133,8 @@ class RayPool:
             while waiting or running:
                 while waiting and len(running) < most:
                     number, item = waiting.pop()
-                    running[task.remote(function, item)] = number
+                    placed = task.options(scheduling_strategy=self._preference.strategy(item))
+                    running[placed.remote(function, item, self._shared)] = number
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 number = running.pop(done)
                 yield number, result_of(done)
@@ -135,10 +146,14 @@ class RayPool:
 def require_room(num_cpus: float, num_gpus: float, memory_bytes: int = 0) -> None:
     """Refuse a request that this machine can never meet, for which Ray would wait without end.
 
-    A cluster may still grow; only Ray started on one machine is asked.
+    A cluster may still grow: there it is only said that it has to.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) != 1 or os.environ.get("RAY_ADDRESS"):
+        wanted = {"CPU": num_cpus, "GPU": num_gpus, "memory": memory_bytes}
+        total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in wanted}
+        if any(asked > total[kind] for kind, asked in wanted.items()):
+            logger.warning(f"the cluster has {total}, and {wanted} are asked for: waiting for it to grow")
         return
     room = nodes[0]
     for asked, kind, setting in ((num_gpus, "GPU", "gpus_per_worker"), (num_cpus, "CPU", "workers, cpus_per_worker")):
@@ -153,9 +168,12 @@ def require_room(num_cpus: float, num_gpus: float, memory_bytes: int = 0) -> Non
         )
 
 
-def _call(function: Callable[[Item], Result], item: Item) -> Result:
+def _call(function: Callable[[Item], Result], item: Item, shared: Shared | None) -> Result:
     import torch
 
+    if shared is not None:
+        # Also on nodes that have joined since all were asked.
+        shared.require_here()
     keep_freed_chunks()
     # One core per task; float sums must not depend on how many threads share them.
     torch.set_num_threads(1)

@@ -1,19 +1,18 @@
 """Run the learned part of a plan: in this process, or on a group of Ray Train workers under DeepSpeed ZeRO."""
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from threading import Event, Thread
 
 import torch
 
+from raymerge.checkpoint.place import OutputPath
 from raymerge.checkpoint.reader import open_reader
+from raymerge.checkpoint.workspace import Workspace
 from raymerge.distill.engine import Alone, Group, MakeEngine, PlainEngine
 from raymerge.distill.schedule import DRAFT, TAIL, Distiller
 from raymerge.distill.stages import Stage
@@ -31,6 +30,7 @@ from raymerge.plan.units import UNITS, PlanUnits, write_coefficients
 from raymerge.plan.weights import PlanWeights
 from raymerge.recipe.schema import Compute, Recipe
 from raymerge.run.merge import Progress, silent
+from raymerge.run.shared import Shared
 
 logger = logging.getLogger("raymerge")
 
@@ -53,35 +53,36 @@ Tell = Callable[[UnitProgress], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillJob:
-    """All that a rank needs. Paths must mean the same on every node."""
+    """All that a rank needs. Places must mean the same on every node."""
 
     plan: Plan
-    folder: Path
+    folder: OutputPath
     device: str
     stage: Stage = Stage()
 
     @property
-    def events(self) -> Path:
-        """Where rank 0 of the stage says how far it is."""
-        return self.folder / UNITS / f"stage-{self.stage.number}.events"
+    def shared(self) -> Shared:
+        """What every node must see."""
+        return Shared(folder=self.folder, locations=self.plan.locations)
 
 
-def run_distillation(plan: Plan, folder: Path, recipe: Recipe, local: bool, progress: Progress) -> int:
-    """Fit all units of a plan that are not finished, below `folder`; returns the peak memory of any rank, in bytes.
+def run_distillation(plan: Plan, workspace: Workspace, recipe: Recipe, local: bool, progress: Progress) -> int:
+    """Fit all units of a plan that are not finished; returns the peak memory of any rank, in bytes.
 
     Raises LearningError if a fit diverges, RayMergeError if workers are lost too often.
     """
+    folder = workspace.folder
     with ExitStack() as stack:
         tell = _log_and_pass_on(plan, folder, progress)
         if recipe.output.tensorboard:
-            tell = stack.enter_context(_to_tensorboard(folder, tell))
+            tell = stack.enter_context(_to_tensorboard(workspace.staging, tell))
         peak = _run(plan, folder, recipe.compute, local, tell)
     if plan.distillation is not None and plan.distillation.keep_moved:
         write_coefficients(plan, folder)
     return peak
 
 
-def _run(plan: Plan, folder: Path, compute: Compute, local: bool, tell: Tell) -> int:
+def _run(plan: Plan, folder: OutputPath, compute: Compute, local: bool, tell: Tell) -> int:
     job = DistillJob(plan=plan, folder=folder, device="cuda" if compute.gpus_per_worker else "cpu")
     workers = compute.workers or 1
     if workers == 1 and not compute.zero_stage and not compute.gpus_per_worker:
@@ -93,8 +94,7 @@ def _run(plan: Plan, folder: Path, compute: Compute, local: bool, tell: Tell) ->
     from raymerge.run.stages import train_stages
 
     jobs = [replace(job, stage=Stage(number=n, count=compute.stages)) for n in range(compute.stages)]
-    with _listening([one.events for one in jobs], tell):
-        return train_stages(jobs, workers // compute.stages, compute)
+    return train_stages(jobs, workers // compute.stages, compute, tell)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _to_tensorboard(folder: Path, tell: Tell) -> Iterator[Tell]:
         yield tell_both
 
 
-def _log_and_pass_on(plan: Plan, folder: Path, progress: Progress) -> Tell:
+def _log_and_pass_on(plan: Plan, folder: OutputPath, progress: Progress) -> Tell:
     """One line in the log per unit, and a bar that moves with every epoch."""
     begun = time.perf_counter()
     names = list(_unit_epochs(plan))
@@ -223,39 +223,3 @@ def _reading(plan: Plan, method: Prodistill, trunk: Trunk) -> Reading:
         batch_size=method.batch_size,
         seed=plan.seed,
     )
-
-
-@contextmanager
-def _listening(paths: Sequence[Path], tell: Tell) -> Iterator[None]:
-    """Pass on what rank 0 of each stage writes to its file, while the driver waits for the workers."""
-    over = Event()
-    with ExitStack() as opened:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
-        files = [opened.enter_context(path.open()) for path in paths]
-
-        def listen() -> None:
-            ended = False
-            while not ended:
-                ended = over.wait(0.2)
-                for line in chain(*files):
-                    tell(UnitProgress(**json.loads(line)))
-
-        thread = Thread(target=listen, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-def write_event(path: Path, progress: UnitProgress) -> None:
-    """Append one event, whole: what `_listening` reads on the driver."""
-    line = json.dumps({name: getattr(progress, name) for name in UnitProgress.__slots__}) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.place import OutputPath
 from raymerge.methods.base import StatisticsMethod
 from raymerge.plan.execute import ShardReport, measure_shard, merge_shard
-from raymerge.plan.schema import Plan
+from raymerge.plan.schema import Plan, Shard
 from raymerge.run.pool import Pool
 
 Progress = Callable[[str, int, int], None]
@@ -19,12 +19,12 @@ def silent(*_: object) -> None:
     """Progress that nobody looks at."""
 
 
-def run_plan(plan: Plan, folder: Path, pool: Pool, todo: list[int], progress: Progress) -> list[ShardReport]:
+def run_plan(plan: Plan, folder: OutputPath, pool: Pool, todo: list[int], progress: Progress) -> list[ShardReport]:
     """Write the shards numbered in `todo` below `folder`; reports in the order they were finished."""
     known = statistics(plan, pool, progress) if todo else None
     reports: list[ShardReport] = []
     # The largest first, so that the last ones to finish are small.
-    order = sorted(todo, key=lambda number: -_num_entries(plan, number))
+    order = sorted(todo, key=lambda number: -num_entries_read(plan.shards[number]))
     jobs = [plan.job(number, pool.device) for number in order]
     for _, report in pool.map(partial(_merge, folder=folder, known=known), jobs):
         reports.append(report)
@@ -32,7 +32,7 @@ def run_plan(plan: Plan, folder: Path, pool: Pool, todo: list[int], progress: Pr
     return reports
 
 
-def _merge(job: Any, *, folder: Path, known: Any) -> ShardReport:
+def _merge(job: Any, *, folder: OutputPath, known: Any) -> ShardReport:
     return merge_shard(job, folder, known)
 
 
@@ -40,8 +40,9 @@ def _measure(job: Any, *, known: Any) -> Any:
     return measure_shard(job, known)
 
 
-def _num_entries(plan: Plan, number: int) -> int:
-    return sum(tensor.num_elements * len(tensor.sources) for tensor in plan.shards[number].tensors)
+def num_entries_read(shard: Shard) -> int:
+    """How many entries of checkpoints go into a shard."""
+    return sum(tensor.num_elements * len(tensor.sources) for tensor in shard.tensors)
 
 
 def statistics(plan: Plan, pool: Pool, progress: Progress) -> Any:

@@ -3,12 +3,10 @@
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
@@ -17,11 +15,15 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
+from raymerge.checkpoint.place import OutputPath, RemotePath, remove_tree
+from raymerge.checkpoint.remote import open_filesystem
 from raymerge.errors import RayMergeError, RecipeError
 from raymerge.recipe.schema import Recipe, Search
 from raymerge.recipe.space import Axis, candidates, trial_recipe
 from raymerge.run.cluster import connect
 from raymerge.run.merge import Progress
+from raymerge.run.nodes import look_around
+from raymerge.run.shared import Shared
 from raymerge.run.trial import Bench
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ logger = logging.getLogger("raymerge")
 
 EXPERIMENT = "tune"
 NUMBER = "number of the trial"
+PROBLEM = "problem"
+# How often a trial is begun again because its process or node was lost.
+MAX_LOSSES = 3
 
 
 class Examiner(Protocol):
@@ -50,6 +55,7 @@ class SearchJob:
     search: Search
     axes: tuple[Axis, ...]
     examiner: Examiner
+    shared: Shared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +80,7 @@ class Trial:
         return self.error is None and self.share == 1.0
 
 
-def run_search(job: SearchJob, folder: Path, progress: Progress) -> list[Trial]:
+def run_search(job: SearchJob, folder: OutputPath, progress: Progress) -> list[Trial]:
     """All trials of a search, in the order they were begun; goes on with those that lie below `folder` already.
 
     After a kill the trials of the last seconds are lost: Tune keeps its state every ten. Raises RayMergeError if the
@@ -86,12 +92,14 @@ def run_search(job: SearchJob, folder: Path, progress: Progress) -> list[Trial]:
     # Ray's newer output prints a banner whatever it is told.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     connect()
+    look_around(job.shared)
     storage = folder / EXPERIMENT
     trainable = tune.with_resources(
         tune.with_parameters(_trial, job=job), {"CPU": search.cpus_per_trial, "GPU": job.recipe.compute.gpus_per_worker}
     )
-    if tune.Tuner.can_restore(str(storage)) and list(storage.glob("experiment_state-*.json")):
-        tuner = tune.Tuner.restore(str(storage), trainable=trainable, restart_errored=True)
+    filesystem, path = _tune_storage(storage)
+    if _has_begun(storage) and tune.Tuner.can_restore(path, storage_filesystem=filesystem):
+        tuner = tune.Tuner.restore(path, trainable=trainable, restart_errored=True, storage_filesystem=filesystem)
     else:
         discard_experiment(folder)
         tuner = _new_tuner(trainable, job, storage)
@@ -119,7 +127,18 @@ def check_searcher(recipe: Recipe, axes: Sequence[Axis]) -> None:
     _sampler(recipe, recipe.search, axes)
 
 
-def _new_tuner(trainable: Any, job: SearchJob, storage: Path) -> tune.Tuner:
+def _tune_storage(storage: OutputPath) -> tuple[Any, str]:
+    """File system and path as Tune takes them."""
+    return open_filesystem(str(storage)) if isinstance(storage, RemotePath) else (None, str(storage.absolute()))
+
+
+def _has_begun(storage: OutputPath) -> bool:
+    names = storage.files() if isinstance(storage, RemotePath) else [path.name for path in storage.glob("*")]
+    return any(name.startswith("experiment_state-") for name in names)
+
+
+def _new_tuner(trainable: Any, job: SearchJob, storage: OutputPath) -> tune.Tuner:
+    filesystem, path = _tune_storage(storage)
     search = job.search
     modes = ["min" if lower else "max" for lower in search.lower]
     many = len(modes) > 1
@@ -151,18 +170,19 @@ def _new_tuner(trainable: Any, job: SearchJob, storage: Path) -> tune.Tuner:
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=storage.name,
-            storage_path=str(storage.parent.absolute()),
-            failure_config=tune.FailureConfig(max_failures=0),
+            name=EXPERIMENT,
+            storage_path=path.removesuffix(f"/{EXPERIMENT}"),
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=MAX_LOSSES),
             callbacks=[_Teller(_num_trials(job), names[0])],
             verbose=0,
         ),
     )
 
 
-def discard_experiment(folder: Path) -> None:
+def discard_experiment(folder: OutputPath) -> None:
     """Remove what only served to go on after a kill."""
-    shutil.rmtree(folder / EXPERIMENT, ignore_errors=True)
+    remove_tree(folder / EXPERIMENT)
 
 
 class Suggest:
@@ -249,7 +269,11 @@ class _Teller(tune.Callback):  # type: ignore[misc]
         self._objective = objective
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        value = (trial.last_result or {}).get(self._objective, math.nan)
+        found = trial.last_result or {}
+        if PROBLEM in found:
+            self.on_trial_error(iteration, trials, trial)
+            return
+        value = found.get(self._objective, math.nan)
         logger.info(f"{self._moved(trials, trial)}: {self._objective} {value:.4f}, {_shown(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -275,6 +299,14 @@ def _bench(device: str) -> Bench:
 
 def _trial(config: dict[str, Any], job: SearchJob) -> None:
     """One trial, in an actor that has done others."""
+    try:
+        _examine(config, job)
+    except RayMergeError as problem:
+        # It would fail again, unlike a trial whose process or node was lost: that one Tune begins anew.
+        tune.report({PROBLEM: str(problem), "percent": 100, **dict.fromkeys(job.search.objective, math.nan)})
+
+
+def _examine(config: dict[str, Any], job: SearchJob) -> None:
     torch.set_num_threads(max(1, int(job.search.cpus_per_trial)))
     recipe = trial_recipe(job.recipe, job.axes, config)
     models, merge_seconds = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu").merge(
@@ -298,17 +330,18 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
     for result in grid:
         values = dict(result.config or {})
         metrics = result.metrics or {}
+        problem = metrics.get(PROBLEM) if result.error is None else _last_line(result.error)
         named = {name: metrics[name] for name in metrics if name in job.search.objective or name.startswith("score.")}
         found.append(
             Trial(
                 number=values.pop(NUMBER),
                 values=values,
-                scores=named,
+                scores={} if problem else named,
                 share=metrics.get("share", 0.0),
                 merge_seconds=metrics.get("merge_seconds", 0.0),
                 evaluate_seconds=metrics.get("evaluate_seconds", 0.0),
                 finished_at=metrics.get("finished_at", 0.0),
-                error=None if result.error is None else _last_line(result.error),
+                error=problem,
             )
         )
     return sorted(found, key=lambda trial: trial.number)

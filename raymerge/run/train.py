@@ -7,13 +7,15 @@ from raymerge.distill.engine import Engine, PlainEngine
 from raymerge.distill.student import Objective
 from raymerge.errors import RayMergeError
 from raymerge.recipe.schema import Compute
-from raymerge.run.distill import DistillJob, UnitProgress, distill, write_event
+from raymerge.run.distill import DistillJob, UnitProgress, distill
 
 MAX_FAILURES = 3
 
 
-def train(job: DistillJob, workers: int, compute: Compute, node: str | None = None) -> int:
-    """Run `distill` on so many workers, all on the node of that id if one is given; returns the peak memory of any.
+def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str | None = None) -> None:
+    """Run `distill` on so many workers, all on the node of that id if one is given.
+
+    The mailbox `box` gets the progress of rank 0, and from every rank its peak memory in bytes.
 
     Raises what a worker raises, or RayMergeError if workers are lost more than three times.
     """
@@ -26,7 +28,7 @@ def train(job: DistillJob, workers: int, compute: Compute, node: str | None = No
     with tempfile.TemporaryDirectory(prefix="raymerge-train-") as storage:
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"job": job, "compute": compute},
+            train_loop_config={"job": job, "compute": compute, "box": box},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(gpus),
@@ -46,7 +48,6 @@ def train(job: DistillJob, workers: int, compute: Compute, node: str | None = No
             trainer.fit()
         except ray.train.TrainingFailedError as problem:
             raise _cause(problem) from None
-    return max((int(path.read_text()) for path in job.events.parent.glob(f"{job.events.stem}-*.peak")), default=0)
 
 
 def _cause(problem: Exception) -> Exception:
@@ -62,22 +63,26 @@ def _cause(problem: Exception) -> Exception:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """What every worker runs."""
+    import ray
     import torch
 
     from raymerge.run.zero import TrainGroup, ZeroEngine
 
     job: DistillJob = config["job"]
     compute: Compute = config["compute"]
+    box = config["box"]
+    # Also on nodes that have joined since all were asked.
+    job.shared.require_here()
     torch.set_num_threads(max(1, int(compute.cpus_per_worker)))
     group = TrainGroup()
 
     def tell(progress: UnitProgress) -> None:
-        write_event(job.events, progress)
+        box.put.remote(progress)
 
     def make_engine(objective: Objective, lr: float) -> Engine:
         if group.size == 1 and not compute.zero_stage:
             return PlainEngine(objective, lr)
         return ZeroEngine(objective, lr, stage=compute.zero_stage, offload=compute.offload)
 
-    peak = distill(job, group, make_engine, tell)
-    job.events.with_name(f"{job.events.stem}-{group.rank}.peak").write_text(str(peak))
+    # Waits, so that everything has arrived when this worker ends.
+    ray.get(box.put.remote(distill(job, group, make_engine, tell)))
