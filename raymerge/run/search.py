@@ -303,7 +303,8 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
         _examine(config, job)
     except RayMergeError as problem:
         # It would fail again, unlike a trial whose process or node was lost: that one Tune begins anew.
-        tune.report({PROBLEM: str(problem), "percent": 100, **{name: math.nan for name in job.search.objective}})
+        nothing = {str(name): math.nan for name in job.search.objective}
+        tune.report({**nothing, PROBLEM: str(problem), "percent": 100})
 
 
 def _examine(config: dict[str, Any], job: SearchJob) -> None:
