@@ -11,7 +11,7 @@ BUCKET = "models"
 
 
 class Storage:
-    """`environment` is for clients; `served` has (path, bytes) of each object request that was answered."""
+    """`environment` is for clients; `served`: (path, bytes) of what was read, `written`: verb and path of the rest."""
 
     def __init__(self, url: str) -> None:
         self.environment = {
@@ -21,6 +21,7 @@ class Storage:
             "AWS_ENDPOINT_URL": url,
         }
         self.served: list[tuple[str, int]] = []
+        self.written: list[str] = []
         self.fail_every = 0
         self.failed = 0
 
@@ -33,6 +34,16 @@ class Storage:
         filesystem, path = open_filesystem(f"s3://{BUCKET}/{name}")
         fs.copy_files(str(folder), path, destination_filesystem=filesystem)
         return f"s3://{BUCKET}/{name}"
+
+    def download(self, place: str, folder: Path) -> Path:
+        """Copy what is at a place to a folder; returns that."""
+        from pyarrow import fs
+
+        from raymerge.checkpoint.remote import open_filesystem
+
+        filesystem, path = open_filesystem(place)
+        fs.copy_files(path, str(folder), source_filesystem=filesystem)
+        return folder
 
     def bytes_served(self, part: str) -> int:
         return sum(count for path, count in self.served if part in path)
@@ -51,12 +62,15 @@ def serve(monkeypatch: Any) -> Iterator[Storage]:
         path = environ["PATH_INFO"]
         with lock:
             seen[0] += 1
-            if storage.fail_every and environ["REQUEST_METHOD"] == "GET" and seen[0] % storage.fail_every == 0:
+            if storage.fail_every and seen[0] % storage.fail_every == 0:
                 storage.failed += 1
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 respond("503 Slow Down", [("Content-Length", "0")])
                 return [b""]
         body = application(environ, respond)
-        if environ["REQUEST_METHOD"] != "GET":
+        if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE"):
+            with lock:
+                storage.written.append(f"{environ['REQUEST_METHOD']} {path}")
             return body
         content = b"".join(body)
         with lock:
@@ -73,6 +87,8 @@ def serve(monkeypatch: Any) -> Iterator[Storage]:
         from raymerge.checkpoint.remote import open_filesystem
 
         open_filesystem.cache_clear()
+        # What moto holds is the process's, not the server's.
+        urlopen(Request(f"{storage.environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
         urlopen(Request(f"{storage.environment['AWS_ENDPOINT_URL']}/{BUCKET}", method="PUT")).close()
         yield storage
     finally:

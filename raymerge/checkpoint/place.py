@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from raymerge.checkpoint.header import header_length, parse_header
 from raymerge.checkpoint.remote import is_remote, open_filesystem, persist
 from raymerge.errors import RecipeError, StorageError
 
@@ -112,15 +113,21 @@ def output_path(text: str | Path) -> OutputPath:
 
 
 def load_tensors(path: OutputPath) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises StorageError."""
-    found: dict[str, Tensor] = load(path.read_bytes()) if isinstance(path, RemotePath) else load_file(path)
-    return found
+    """All tensors of a safetensors file, in order of their bytes. Raises StorageError."""
+    if not isinstance(path, RemotePath):
+        found: dict[str, Tensor] = load_file(path)
+        return found
+    content = path.read_bytes()
+    length = header_length(content[:8], len(content), str(path))
+    entries = parse_header(content[8 : 8 + length], len(content), str(path))
+    tensors = load(content)
+    return {entry.name: tensors[entry.name] for entry in sorted(entries, key=lambda entry: entry.start)}
 
 
 def remove_tree(path: OutputPath) -> None:
     """Remove a folder of ours with all that is in it. Raises StorageError."""
-    if isinstance(path, RemotePath):
-        for name in path.files():
-            (path / name).unlink()
-    else:
+    if not isinstance(path, RemotePath):
         shutil.rmtree(path, ignore_errors=True)
+    elif path.files():
+        with path.open() as (filesystem, name):
+            persist(lambda: filesystem.delete_dir(name))

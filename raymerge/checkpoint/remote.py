@@ -42,6 +42,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         endpoint_override=endpoint,
         region=region,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        # A small file is one request, not an upload of parts.
+        allow_delayed_open=True,
     )
     return filesystem, uri.removeprefix("s3://").rstrip("/")
 
