@@ -16,9 +16,10 @@ COMMAND = (sys.executable, "-c", "from raymerge.cli import main; main()")
 
 
 def environment(**more: str) -> dict[str, str]:
-    found = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
+    """This process's own, for RayMerge on a Ray of its own unless `more` has RAY_ADDRESS."""
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     found.pop("RAY_ADDRESS", None)
-    return found
+    return found | more
 
 
 def raymerge(*arguments: str | Path, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
@@ -37,12 +38,12 @@ def run(command: list[str], *, cwd: Path | None = None, **more: str) -> subproce
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, cwd: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
     """The command in the background, ended with all it started when the test is done."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment(**more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

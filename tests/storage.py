@@ -1,5 +1,7 @@
 """A real S3 protocol server (moto's) that counts what it serves, and fails some requests if told to."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +52,8 @@ class Storage:
 
 
 @contextmanager
-def serve(monkeypatch: Any) -> Iterator[Storage]:
-    """The server on loopback, with one bucket, and this process's environment set for it."""
+def run_server(host: str, port: int) -> Iterator[Storage]:
+    """The server, empty but for one bucket."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
@@ -77,21 +79,42 @@ def serve(monkeypatch: Any) -> Iterator[Storage]:
             storage.served.append((path, len(content)))
         return [content]
 
-    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=MotoRequestHandler)
-    storage = Storage(f"http://127.0.0.1:{server.port}")
+    server = make_server(host, port, counted, threaded=True, request_handler=MotoRequestHandler)
+    storage = Storage(f"http://{host}:{server.port}")
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        for name, value in storage.environment.items():
-            monkeypatch.setenv(name, value)
-        from raymerge.checkpoint.remote import open_filesystem
-
-        open_filesystem.cache_clear()
         # What moto holds is the process's, not the server's.
         urlopen(Request(f"{storage.environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
         urlopen(Request(f"{storage.environment['AWS_ENDPOINT_URL']}/{BUCKET}", method="PUT")).close()
         yield storage
     finally:
-        open_filesystem.cache_clear()
         server.shutdown()
         thread.join()
+
+
+@contextmanager
+def serve(monkeypatch: Any) -> Iterator[Storage]:
+    """The server on loopback, and this process's environment set for it."""
+    from raymerge.checkpoint.remote import open_filesystem
+
+    with run_server("127.0.0.1", 0) as storage:
+        for name, value in storage.environment.items():
+            monkeypatch.setenv(name, value)
+        open_filesystem.cache_clear()
+        try:
+            yield storage
+        finally:
+            open_filesystem.cache_clear()
+
+
+def main(host: str, port: str, note: str) -> None:
+    """Serve until standard input ends, then write what was served to the file `note`, as JSON."""
+    with run_server(host, int(port)) as storage:
+        print("ready", flush=True)
+        sys.stdin.read()
+    Path(note).write_text(json.dumps(storage.served))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

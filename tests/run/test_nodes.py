@@ -1,0 +1,118 @@
+"""Several real raylets on this machine, one of them killed: merges, distillations and searches end in the same bytes.
+
+Where the network may be divided, tests/run/test_machines.py gives each node an address and a disk of its own.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from command import descendants, raymerge, started, wait
+from ray.cluster_utils import Cluster
+from run.test_resume import SLOW
+from run.test_search import PER_EXPERT, family
+from samples import make_family
+from tiny import make_llama, recipe, weights
+
+from raymerge import api
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+UNITS = "out.partial/raymerge/units"
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with one CPU; the test adds nodes."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield found
+    finally:
+        found.shutdown()
+
+
+def kill(node: Any) -> None:
+    """The raylet and its workers are gone at once, as with a machine that loses power."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for one in [*raylet.children(recursive=True), raylet]:
+        one.send_signal(signal.SIGKILL)
+
+
+def run_until(
+    asked: Any, place: Path, cluster: Cluster, reached: Callable[[], Any], then: Callable[[Any], None]
+) -> None:
+    """Run a recipe on the cluster; when something is reached, let something happen."""
+    verb = "search" if "search" in asked else "merge"
+    (place / "recipe.yml").write_text(json.dumps(asked))
+    with started(verb, "recipe.yml", "out", cwd=place, RAY_ADDRESS=cluster.address) as process:
+        wait(reached, process, seconds=200)
+        then(process)
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+
+
+def test_a_merge_whose_second_node_comes_late_and_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    # Says which node it works on, by its raylet.
+    noted = 'open("nodes", "a").write(f"{os.getppid()}\\n"); time.sleep('
+    (tmp_path / "slow_method.py").write_text(SLOW.replace("time.sleep(", noted))
+    places = [make_llama(tmp_path / name, seed, blocks=4) for seed, name in enumerate(("base", "a", "b"))]
+    asked = recipe(*places, method="slow_method:Slow", output={"shard_size": 6000})
+    nodes = tmp_path / "nodes"
+    added: list[Any] = []
+
+    def begun() -> bool:
+        if nodes.is_file() and not added:
+            added.append(cluster.add_node(num_cpus=1))
+        return nodes.is_file() and len(set(nodes.read_text().split())) == 2
+
+    run_until(asked, tmp_path, cluster, begun, lambda _: kill(added[0]))
+    asked["method"] = "linear"
+    api.merge(asked, tmp_path / "expected", local=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def test_a_distillation_that_loses_a_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Its two workers stand on different nodes; the group begins anew, from the last finished block, on a third."""
+    asked = {**make_family(tmp_path, epochs=30), "compute": {"workers": 2, "zero_stage": 1}}
+    second = cluster.add_node(num_cpus=1)
+
+    def lose(_: Any) -> None:
+        cluster.add_node(num_cpus=1)
+        kill(second)
+
+    run_until(asked, tmp_path, cluster, (tmp_path / UNITS / "encoder.layer.0.json").is_file, lose)
+    again = raymerge("merge", "recipe.yml", "expected", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def test_a_search_that_loses_a_process_and_a_node(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No trial is lost with them."""
+    # Seconds between what Tune writes.
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    asked = family(tmp_path, space=PER_EXPERT, trials=60, searcher="random", concurrent=2)
+    second = cluster.add_node(num_cpus=1)
+
+    def finished() -> int:
+        return len(list((tmp_path / "out.partial" / "tune").glob("*/result.json")))
+
+    def lose(process: Any) -> None:
+        head = cluster.head_node.all_processes["raylet"][0].process.pid
+        descendants(head, "ImplicitFunc")[0].kill()
+        kill(second)
+
+    run_until(asked, tmp_path, cluster, lambda: finished() >= 3, lose)
+    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert len(rows) == 60 and all(row["error"] is None for row in rows)
+    asked["search"]["concurrent"] = 1
+    api.search(asked, tmp_path / "expected")
+    expected = pq.read_table(tmp_path / "expected" / "trials.parquet").to_pylist()
+    draws = {row["settings.coefficient.a"]: row["mean_score"] for row in rows}
+    assert draws == {row["settings.coefficient.a"]: row["mean_score"] for row in expected}
