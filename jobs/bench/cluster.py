@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def of_merge(folder: Path, size: str) -> tuple[dict[str, Any], int]:
-    """TIES of three experts in shards of a tenth of the model, and the bytes of all their tensors and the base's."""
+    """Task arithmetic of three experts, in shards of a tenth of the model, and the bytes of all tensors that go in."""
     places = make_checkpoints(folder / size, SHAPES[size], EXPERTS)
     held = {
         name: sum(entry.num_bytes for _, entry in open_checkpoint(str(place)).tensors.values())

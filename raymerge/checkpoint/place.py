@@ -109,6 +109,8 @@ def output_path(text: str | Path) -> OutputPath:
         return Path(text)
     if not str(text).startswith(("s3://", "gs://")):
         raise RecipeError(f"{text}: a folder, s3:// or gs:// is expected")
+    if "@" in str(text).split("/")[2]:
+        raise RecipeError("credentials in a place would be in logs; give them in the environment")
     return RemotePath(str(text).rstrip("/"))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -13,6 +14,7 @@ from pydantic import (
     StrictFloat,
     StrictInt,
 )
+from pydantic_core import PydanticCustomError
 
 # A setting: a number, flag or word; a list of them (a gradient over depth); or filtered values.
 Scalar = StrictBool | StrictInt | StrictFloat | str
@@ -39,6 +41,21 @@ Setting = Annotated[Scalar | list[Scalar] | list[Filtered], BeforeValidator(_one
 Settings = dict[str, Setting]
 
 
+def _without_secrets(place: str) -> str:
+    _, _, rest = place.partition("://")
+    if rest and "@" in rest.partition("/")[0]:
+        said = "credentials in a place would be in logs; give them in the environment"
+        raise PydanticCustomError(SECRET, said)
+    return place
+
+
+# The kind of an error whose message must not show what was found.
+SECRET = "secret"
+
+Place = Annotated[str, AfterValidator(_without_secrets)]
+"""A folder, a file, a hub id, or what lies on object storage."""
+
+
 def _path_as_expert(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -46,8 +63,8 @@ def _path_as_expert(value: Any) -> Any:
 class Expert(Part):
     """A fine-tuned checkpoint."""
 
-    path: str = Field(description="local folder or hub id[@revision]")
-    calibration: str | None = Field(
+    path: Place = Field(description="a folder, hub id[@revision], s3:// or gs://")
+    calibration: Place | None = Field(
         default=None, description="unlabelled rows for methods that learn: a parquet or jsonl file, or a folder of them"
     )
     settings: Settings = Field(default_factory=dict, description="settings for this expert alone")
@@ -123,7 +140,7 @@ class Task(Part):
 
     task: str
     kind: Literal["classification", "perplexity"]
-    data: str = Field(description="a parquet or jsonl file")
+    data: Place = Field(description="a parquet or jsonl file")
     expert: str | None = Field(
         default=None, description="the expert whose own score is the reference and whose head is used"
     )
@@ -190,7 +207,7 @@ class Search(Part):
 class Recipe(Part):
     """What the user wants."""
 
-    base: str | None = None
+    base: Place | None = None
     experts: dict[str, Annotated[Expert, BeforeValidator(_path_as_expert)]] = Field(min_length=1)
     method: str
     settings: Settings = Field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from raymerge.errors import RecipeError, nearest
+from raymerge.recipe.schema import SECRET
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -31,6 +32,8 @@ def _explain(problem: ValidationError, model: type[BaseModel], content: Any) -> 
         elif error["type"] == "missing":
             text = ".".join(map(str, [*place, error["loc"][-1]]))
             found[text] = f"{text}: missing"
+        elif error["type"] == SECRET:
+            found[text] = f"{text}: {said}"
         elif choice is None:
             found[text] = f"{text}: {said[0].lower()}{said[1:]}, found {error['input']!r}"
         else:
@@ -55,6 +58,8 @@ def _place(location: Sequence[int | str], content: Any) -> tuple[list[int | str]
         if listed or (isinstance(content, Mapping) and part in content):
             content = content[part]
             place.append(part)
+        elif error["type"] == SECRET:
+            found[text] = f"{text}: {said}"
         elif choice is None:
             choice = ".".join(map(str, place)), content
     return place, choice

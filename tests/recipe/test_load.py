@@ -114,6 +114,13 @@ def test_a_wrong_value_is_refused(change: dict[str, Any], said: str) -> None:
     assert len(found.splitlines()) == 1
 
 
+@pytest.mark.parametrize("change", [{"base": "s3://key:hunter2@b/x"}, {"experts": {"a": "s3://key:hunter2@b/x"}}])
+def test_a_secret_is_not_repeated(change: dict[str, Any]) -> None:
+    found = refuse(with_(**change))
+    assert "credentials in a place would be in logs; give them in the environment" in found
+    assert "hunter2" not in found
+
+
 def test_every_mistake_is_told_at_once() -> None:
     lines = refuse({"bas": "b", "experts": {"a": {}}, "output": {"dtyp": 1}}).splitlines()
     assert {line.removeprefix("recipe: ").partition(":")[0] for line in lines} == {
