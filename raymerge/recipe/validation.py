@@ -58,8 +58,6 @@ def _place(location: Sequence[int | str], content: Any) -> tuple[list[int | str]
         if listed or (isinstance(content, Mapping) and part in content):
             content = content[part]
             place.append(part)
-        elif error["type"] == SECRET:
-            found[text] = f"{text}: {said}"
         elif choice is None:
             choice = ".".join(map(str, place)), content
     return place, choice
