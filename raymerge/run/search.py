@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
@@ -98,12 +98,18 @@ def run_search(job: SearchJob, folder: OutputPath, progress: Progress) -> list[T
         tune.with_parameters(_trial, job=job), {"CPU": search.cpus_per_trial, "GPU": job.recipe.compute.gpus_per_worker}
     )
     filesystem, path = _tune_storage(storage)
+    restore = partial(tune.Tuner.restore, path, trainable, resume_errored=True, storage_filesystem=filesystem)
     if _has_begun(storage) and tune.Tuner.can_restore(path, storage_filesystem=filesystem):
-        tuner = tune.Tuner.restore(path, trainable=trainable, restart_errored=True, storage_filesystem=filesystem)
+        grid = restore().fit()
     else:
         discard_experiment(folder)
-        tuner = _new_tuner(trainable, job, storage)
-    found = _trials(tuner.fit(), job)
+        grid = _new_tuner(trainable, job, storage).fit()
+    for _ in range(MAX_LOSSES):
+        if not grid.num_errors:
+            break
+        # A process that is lost on its way from one trial to the next takes that one with it, whatever Tune is told.
+        grid = restore().fit()
+    found = _trials(grid, job)
     total = _num_trials(job)
     ended = [trial for trial in found if trial.error is not None or trial.share > 0]
     if len(ended) < total:
@@ -301,10 +307,10 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
     """One trial, in an actor that has done others."""
     try:
         _examine(config, job)
-    except RayMergeError as problem:
+    except Exception as problem:
         # It would fail again, unlike a trial whose process or node was lost: that one Tune begins anew.
         nothing = {str(name): math.nan for name in job.search.objective}
-        tune.report({**nothing, PROBLEM: str(problem), "percent": 100})
+        tune.report({**nothing, PROBLEM: _last_line(problem), "percent": 100})
 
 
 def _examine(config: dict[str, Any], job: SearchJob) -> None:
@@ -335,7 +341,8 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
         named = {name: metrics[name] for name in metrics if name in job.search.objective or name.startswith("score.")}
         found.append(
             Trial(
-                number=values.pop(NUMBER),
+                # Lost again and again before it said anything: not even which one it was.
+                number=values.pop(NUMBER, -1),
                 values=values,
                 scores={} if problem else named,
                 share=metrics.get("share", 0.0),
@@ -349,5 +356,5 @@ def _trials(grid: Any, job: SearchJob) -> list[Trial]:
 
 
 def _last_line(problem: Exception) -> str:
-    cause = getattr(problem, "cause", None) or problem
-    return (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    said = str(problem).strip().splitlines()
+    return said[-1] if said else type(problem).__name__
