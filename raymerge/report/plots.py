@@ -50,11 +50,13 @@ def bars(
     for number, (title, values) in enumerate(series.items()):
         at = [i + (number - (len(series) - 1) / 2) * width for i in range(len(groups))]
         axes.bar(at, [value or 0.0 for value in values], width, label=title, color=COLOURS[number % len(COLOURS)])
-    axes.set_xticks(range(len(groups)), groups)
+    crowded = sum(map(len, groups)) > 60
+    axes.set_xticks(range(len(groups)), groups, rotation=15 if crowded else 0, ha="right" if crowded else "center")
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    if len(series) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
     return Picture(name=name, caption=caption, figure=figure)
 
 
