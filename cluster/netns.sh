@@ -46,10 +46,17 @@ run() {
 down() {
     local name
     for name in $(ip netns list | awk '/^raymerge[0-9]/ {print $1}'); do
-        ip netns pids "$name" | xargs --no-run-if-empty kill -9 2>/dev/null || true
+        # Again and again: what is killed may just have started another.
+        for ((look = 0; look < 50; look++)); do
+            [ -n "$(ip netns pids "$name")" ] || break
+            ip netns pids "$name" | xargs kill -9 2>/dev/null || true
+            sleep 0.1
+        done
         ip netns delete "$name"
     done
-    ip link delete "$BRIDGE" 2>/dev/null || true
+    for name in $(ip -oneline link | awk -F '[ :@]+' '/raymerge-v/ {print $2}') "$BRIDGE"; do
+        ip link delete "$name" 2>/dev/null || true
+    done
     rm -rf "$STATE"
 }
 

@@ -1,7 +1,14 @@
 """A group of Ray Train workers that distils together; Ray restarts the group when one is lost."""
 
+import os
 import tempfile
+from dataclasses import dataclass
 from typing import Any
+
+import psutil
+import ray.train
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 
 from raymerge.distill.engine import Engine, PlainEngine
 from raymerge.distill.student import Objective
@@ -19,9 +26,8 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
 
     Raises what a worker raises, or RayMergeError if workers are lost more than three times.
     """
-    import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     gpus = compute.gpus_per_worker
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
@@ -36,7 +42,7 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
                 placement_strategy="PACK",
                 label_selector={"ray.io/node-id": node} if node else None,
             ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=_OwnInterface(backend="nccl" if gpus else "gloo"),
             run_config=RunConfig(
                 name="distill",
                 storage_path=storage,
@@ -48,6 +54,31 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
             trainer.fit()
         except ray.train.TrainingFailedError as problem:
             raise _cause(problem) from None
+
+
+class _InterfaceFirst(_TorchBackend):  # type: ignore[misc]
+    """Sets up torch.distributed where gloo has been told the network interface."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _OwnInterface(TorchConfig):  # type: ignore[misc]
+    """Ray Train's own set-up, but for the network interface."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _InterfaceFirst
+
+
+def _choose_interface() -> None:
+    """Gloo listens where the machine's name leads, on many systems loopback; other nodes need the node's address."""
+    address = ray.util.get_node_ip_address()
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address == address for one in found):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _cause(problem: Exception) -> Exception:
@@ -63,7 +94,6 @@ def _cause(problem: Exception) -> Exception:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """What every worker runs."""
-    import ray
     import torch
 
     from raymerge.run.zero import TrainGroup, ZeroEngine

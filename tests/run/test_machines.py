@@ -6,6 +6,7 @@ tests/run/test_nodes.py runs real raylets on one address and one disk.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from command import COMMAND, ROOT, environment, wait
+from command import COMMAND, ROOT, environment, raymerge, wait
 from run.test_resume import SLOW
 from samples import make_family
 from storage import BUCKET, Storage
@@ -92,9 +93,9 @@ class Machines:
 def divided(disk: Path) -> Iterator[Machines]:
     """Three machines with a Ray node each, and an S3 server on the first."""
     names = Storage(f"http://{HEAD}:5000").environment
-    found = Machines(
-        disk, environment(RAYMERGE_DISK=str(disk), RAY_ADDRESS=f"{HEAD}:6379", XDG_CACHE_HOME=f"{disk}/cache", **names)
-    )
+    names |= {"RAYMERGE_DISK": str(disk), "RAY_ADDRESS": f"{HEAD}:6379", "XDG_CACHE_HOME": f"{disk}/cache"}
+    names |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    found = Machines(disk, environment(**names))
     subprocess.run([NETNS, "up", "3"], env=found.environment, check=True, timeout=60)
     try:
         found.ray(1, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={disk}/ray")
@@ -215,6 +216,13 @@ def merge(machines: Machines, asked: dict[str, Any], out: str, place: Path) -> s
     return machines.raymerge("merge", "recipe.json", out, cwd=place)
 
 
+def slow_family(folder: Path) -> dict[str, Any]:
+    """A merge of several files that takes longer than Ray needs to have its processes ready."""
+    (folder / "slow_method.py").write_text(SLOW)
+    places = [make_llama(folder / name, seed, blocks=4) for seed, name in enumerate(("base", "a", "b"))]
+    return recipe(*places, method="slow_method:Slow", output={"shard_size": 6000}, settings={"seconds": 0.5})
+
+
 def test_every_byte_is_read_once(machines: Machines, bucket: Bucket, tmp_path: Path) -> None:
     places = [make_llama(tmp_path / name, seed, blocks=4) for seed, name in enumerate(("base", "a", "b"))]
     asked = recipe(*places, method="task_arithmetic", output={"shard_size": 6000})
@@ -233,9 +241,7 @@ def test_every_byte_is_read_once(machines: Machines, bucket: Bucket, tmp_path: P
 
 
 def test_a_folder_that_only_one_machine_has(machines: Machines, bucket: Bucket, tmp_path: Path) -> None:
-    places = [make_llama(tmp_path / name, seed) for seed, name in enumerate(("base", "a"))]
-    asked = upload(recipe(*places, method="task_arithmetic"), bucket)
-    process = merge(machines, asked, f"{machines.disk}/out", tmp_path)
+    process = merge(machines, upload(slow_family(tmp_path), bucket), f"{machines.disk}/out", tmp_path)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 1, said
     assert "does not see it; use a folder that is mounted at this path on every node, or s3://" in said
@@ -249,22 +255,19 @@ def test_a_distillation(compute: dict[str, Any], machines: Machines, bucket: Buc
     process = merge(machines, upload(asked, bucket), f"s3://{BUCKET}/out", tmp_path)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    here = subprocess.run(
-        [*COMMAND, "merge", "recipe.json", "expected"], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    (tmp_path / "here.json").write_text(json.dumps(asked))
+    here = raymerge("merge", "here.json", "expected", cwd=tmp_path)
     assert here.returncode == 0, here.stderr
     assert weights(bucket.get(f"s3://{BUCKET}/out", tmp_path / "copy")) == weights(tmp_path / "expected")
 
 
 def test_a_machine_that_is_lost(machines: Machines, bucket: Bucket, tmp_path: Path) -> None:
     """The last of the tests: it has one machine less afterwards."""
-    (tmp_path / "slow_method.py").write_text(SLOW)
-    places = [make_llama(tmp_path / name, seed, blocks=4) for seed, name in enumerate(("base", "a", "b"))]
-    asked = recipe(*places, method="slow_method:Slow", output={"shard_size": 6000})
+    asked = slow_family(tmp_path)
     process = merge(machines, upload(asked, bucket), f"s3://{BUCKET}/out", tmp_path)
     wait(lambda: len(bucket.names("out/model")) >= 2, process, seconds=100)
     machines.kill(3)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    api.merge({**asked, "method": "linear"}, tmp_path / "expected", local=True)
+    api.merge({**asked, "method": "linear", "settings": {}}, tmp_path / "expected", local=True)
     assert weights(bucket.get(f"s3://{BUCKET}/out", tmp_path / "copy")) == weights(tmp_path / "expected")
