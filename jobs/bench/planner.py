@@ -29,6 +29,7 @@ NAMES = ("base", "math", "code", "chat", "law", "medicine", "tools", "vision", "
 # As they come: some are saved in files of another size than their base, so that their headers differ.
 SHARD_BYTES = (5 * 10**9, 4 * 10**9)
 RAYMERGE = [sys.executable, "-m", "raymerge", "plan"]
+IMPORTS = "its imports alone"
 NODES = ["--nodes", "1", "--nodes", "8", "--nodes", "64"]
 
 # What mergekit does before it merges: indexes are read, headers are not.
@@ -128,15 +129,14 @@ def main() -> None:
     places = [make_checkpoint(folder / name, shape, SHARD_BYTES[number % 2]) for number, name in enumerate(NAMES)]
     files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
     recipe, foreign = folder / "recipe.json", folder / "mergekit.yml"
-    experts = {name: name for name in NAMES[1:]}
-    recipe.write_text(json.dumps({"base": "base", "experts": experts, "method": arguments.method}))
+    experts = {place.name: str(place) for place in places[1:]}
+    recipe.write_text(json.dumps({"base": str(places[0]), "experts": experts, "method": arguments.method}))
     models = [{"model": str(place), "parameters": {"weight": 0.3, "density": 0.2}} for place in places[1:]]
     asked = {"merge_method": "ties", "base_model": str(places[0]), "models": models, "dtype": "bfloat16"}
     foreign.write_text(json.dumps(asked))
-    os.chdir(folder)
     commands = {
         "raymerge plan": [*RAYMERGE, str(recipe), *NODES],
-        "its imports alone": [sys.executable, "-c", "import raymerge.api, raymerge.cli"],
+        IMPORTS: [sys.executable, "-c", "import raymerge.api, raymerge.cli"],
     }
     if arguments.mergekit is not None:
         commands["mergekit's planner"] = [str(arguments.mergekit), "-c", MERGEKIT, str(foreign)]
@@ -202,7 +202,8 @@ def show(facts: dict[str, object]) -> None:
     for column in ("", "seconds", "peak GB", "tensors a second"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rows.items():
-        table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}", f"{num_tensors / row['seconds']:.0f}")
+        rate = "" if name == IMPORTS else f"{num_tensors / row['seconds']:.0f}"
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}", rate)
     read = facts["headers_read_and_parsed_seconds"]
     assert isinstance(read, float)
     table.add_row("headers read and parsed, alone", f"{read:.1f}", "", f"{num_tensors / read:.0f}")

@@ -391,16 +391,16 @@ def _open_all(recipe: Recipe, opener: Callable[[str, Headers], Checkpoint]) -> d
         paths = {"base": recipe.base, **paths}
     distinct = list(dict.fromkeys(paths.values()))
     headers = Headers()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         opened = dict(zip(distinct, pool.map(opener, distinct, repeat(headers)), strict=True))
     return {name: opened[path] for name, path in paths.items()}
 
 
 def _filters(recipe: Recipe) -> tuple[str, ...]:
     """All filters of a recipe's settings."""
-    slices = recipe.slices or []
-    sources = [source for part in slices for source in part.sources.values()]
-    scopes = [recipe.settings, *(part.settings for part in (*recipe.experts.values(), *slices, *sources))]
+    scopes = [recipe.settings, *(expert.settings for expert in recipe.experts.values())]
+    for part in recipe.slices or []:
+        scopes += [part.settings, *(source.settings for source in part.sources.values())]
     return tuple(
         choice.filter
         for settings in scopes

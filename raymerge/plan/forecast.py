@@ -81,9 +81,8 @@ def forecast(plan: Plan, num_nodes: Sequence[int], node: Node) -> tuple[Forecast
     """What merging takes on so many nodes, for each number. What is learned is left out, and said to be."""
     methods = [call.build() for call in plan.calls]
     remote = {model.name for model in plan.models if model.location.is_remote}
-    works = [
-        _work(shard, methods, remote) for number, shard in enumerate(plan.shards) if number not in plan.learned_shards
-    ]
+    learned = plan.learned_shards
+    works = [_work(shard, methods, remote) for number, shard in enumerate(plan.shards) if number not in learned]
     left_out = _left_out(plan, methods)
     return tuple(_on_nodes(works, count, node, plan.cost.peak_bytes_per_worker, left_out) for count in num_nodes)
 

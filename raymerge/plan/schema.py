@@ -222,7 +222,7 @@ class Plan:
         found = hashlib.sha256(first[:-1] + b',"shards":[')
         for number, shard in enumerate(self.shards):
             tensors = tuple(replace(tensor, held=False) if tensor.held else tensor for tensor in shard.tensors)
-            found.update(b","[:number] + _SHARD_ADAPTER.dump_json(replace(shard, tensors=tensors)))
+            found.update((b"," if number else b"") + _SHARD_ADAPTER.dump_json(replace(shard, tensors=tensors)))
         last = _ADAPTER.dump_json(plan, exclude={*_BEFORE_SHARDS, "shards"})
         found.update(b"]," + last[1:])
         return found.hexdigest()

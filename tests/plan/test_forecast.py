@@ -154,13 +154,13 @@ def test_a_405b_family_on_paper(tmp_path: Path) -> None:
     size = 2 * (2 * rows * hidden + hidden + blocks * (attention + 3 * hidden * inner + 2 * hidden))
     content = recipe(*(tmp_path / name for name in names), method="task_arithmetic")
     (tmp_path / "recipe.json").write_text(json.dumps(content))
-    wanted = ("--nodes=1", "--nodes=8", "--nodes=64", "--disk=4GB", "--network=4GB")
+    wanted = ("--nodes=1", "--nodes=8", "--nodes=64", "--disk=2GB", "--network=2GB", "--memory-rate=1GB")
     printed = raymerge("plan", tmp_path / "recipe.json", "--json", *wanted)
     found = json.loads(printed.stdout)
     assert size == 811_706_777_600
     assert (found["bytes_read"], found["bytes_written"]) == (9 * size, size)
     one, eight, many = found["forecasts"]
-    assert one["bytes_read"] == 9 * size and one["minutes"] == pytest.approx(10 * size / 4e9 / 60)
+    assert one["bytes_read"] == 9 * size and one["minutes"] == pytest.approx(10 * size / 2e9 / 60)
     assert one["num_shards"] == len(found["shards"])
     assert one["minutes"] / 8 <= eight["minutes"] < one["minutes"] / 7.5
     # Three files of 4 to 5 GB on the busiest of 64 nodes: no worker has less to do than one file.
