@@ -12,6 +12,7 @@ from raymerge.errors import RayMergeError, UserError
 if TYPE_CHECKING:
     from raymerge.api import MergeResult as MergeResult
     from raymerge.api import evaluate as evaluate
+    from raymerge.api import forecast as forecast
     from raymerge.api import merge as merge
     from raymerge.api import plan as plan
     from raymerge.api import report as report
@@ -24,6 +25,7 @@ __all__ = [
     "RayMergeError",
     "UserError",
     "evaluate",
+    "forecast",
     "load_task_model",
     "merge",
     "plan",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "MergeResult": "raymerge.api",
     "evaluate": "raymerge.api",
+    "forecast": "raymerge.api",
     "load_task_model": "raymerge.models.heads",
     "merge": "raymerge.api",
     "plan": "raymerge.api",

@@ -5,7 +5,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from raymerge.checkpoint.writer import write_text
 from raymerge.errors import RecipeError, StorageError, UserError
 from raymerge.plan.build import build_plan
 from raymerge.plan.finish import choose_chat_template, finish_folder
+from raymerge.plan.forecast import Forecast, Node
+from raymerge.plan.forecast import forecast as forecast_plan
+from raymerge.plan.memory import parse_bytes
 from raymerge.plan.schema import Plan
 from raymerge.plan.units import discard_units, read_fits
 from raymerge.recipe.load import load_recipe
@@ -64,6 +67,29 @@ def _plan(loaded: Recipe, weightless: bool) -> Plan:
     if planned.chat_template is not None:
         choose_chat_template(planned.chat_template, planned)
     return planned
+
+
+def forecast(
+    planned: Plan,
+    nodes: Sequence[int],
+    *,
+    workers_per_node: int = 8,
+    disk: str | int = "2GB",
+    network: str | int = "3GB",
+    memory_rate: str | int = "1GB",
+) -> tuple[Forecast, ...]:
+    """How long merging takes on so many nodes, for each number in `nodes`; `raymerge.plan.forecast` says how.
+
+    `disk` and `network` are bytes per second of a node, `memory_rate` what one worker moves through memory while it
+    merges. Raises RecipeError for a rate that is none.
+    """
+    node = Node(
+        workers=workers_per_node,
+        disk=parse_bytes(disk, "disk"),
+        network=parse_bytes(network, "network"),
+        memory=parse_bytes(memory_rate, "memory_rate"),
+    )
+    return forecast_plan(planned, nodes, node)
 
 
 def merge(

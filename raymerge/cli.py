@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from raymerge.errors import RayMergeError
 
 if TYPE_CHECKING:
     from raymerge.api import MergeResult, SearchResult
+    from raymerge.plan.forecast import Forecast
     from raymerge.plan.schema import Plan
 
 Result = TypeVar("Result")
@@ -94,15 +95,36 @@ def merge(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, memory: Memory = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    memory: Memory = None,
+    nodes: Annotated[
+        list[int] | None, typer.Option(min=1, help="say how long it takes on so many nodes; may be repeated")
+    ] = None,
+    workers_per_node: Annotated[int | None, typer.Option(min=1, help="for --nodes; 8 by default")] = None,
+    disk: Annotated[str | None, typer.Option(help="bytes a second of a node's storage; 2GB by default")] = None,
+    network: Annotated[str | None, typer.Option(help="bytes a second of a node's network; 3GB by default")] = None,
+    memory_rate: Annotated[
+        str | None,
+        typer.Option(help="bytes a second a worker moves through memory as it merges; 1GB by default, as TIES does"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check everything, read only headers, print what a merge would do."""
     from raymerge import api
 
+    asked = {"workers_per_node": workers_per_node, "disk": disk, "network": network, "memory_rate": memory_rate}
+    rates: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if rates and not nodes:
+        raise typer.BadParameter("rates are of nodes: say --nodes too")
     planned = api.plan(recipe, memory=memory)
+    forecasts = api.forecast(planned, nodes, **rates) if nodes else ()
     if as_json:
-        print(json.dumps(_plan_summary(planned), indent=2))
+        found = [{**asdict(one), "minutes": one.minutes, "bound": one.bound} for one in forecasts]
+        print(json.dumps({**_plan_summary(planned), **({"forecasts": found} if found else {})}, indent=2))
     else:
         _print_plan(planned)
+        _print_forecasts(forecasts)
 
 
 @app.command()
@@ -305,6 +327,32 @@ def _print_units(planned: "Plan") -> None:
         f"{cost.num_learners} workers peak at {needed:.2f} GB, this machine has {here:.2f} GB: {verdict}",
         highlight=False,
     )
+
+
+def _print_forecasts(forecasts: "Sequence[Forecast]") -> None:
+    if not forecasts:
+        return
+    table = Table("nodes", "busy workers", "files", "read GB", "written GB", "minutes", "bound by", "worker GB")
+    for one in forecasts:
+        table.add_row(
+            str(one.num_nodes),
+            f"{one.num_busy} of {one.num_nodes * one.node.workers}",
+            str(one.num_shards),
+            f"{one.bytes_read / 1e9:.1f}",
+            f"{one.bytes_written / 1e9:.1f}",
+            f"{one.minutes:.1f}",
+            one.bound,
+            f"{one.peak_bytes_per_worker / 1e9:.2f}",
+        )
+    out_console.print(table)
+    node = forecasts[0].node
+    out_console.print(
+        f"files and bytes of the busiest node; a node's disk moves {node.disk / 1e9:g} GB/s, its network "
+        f"{node.network / 1e9:g} GB/s, each worker {node.memory / 1e9:g} GB/s in memory",
+        highlight=False,
+    )
+    for part in forecasts[0].left_out:
+        out_console.print(f"not in the minutes: {part}", style="yellow", markup=False, highlight=False)
 
 
 def _print_search(result: "SearchResult") -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
@@ -92,20 +93,35 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> tuple[Entry, ...]:
             raise CheckpointError(
                 f"{where}: {name}: dtype {dtype} cannot be merged; convert it to one of {', '.join(DTYPES)}"
             )
-        entry = Entry(name, dtype, shape, data + start)
-        if start != end or min(shape, default=0) < 0 or stop - start != entry.num_bytes:
+        if start != end or min(shape, default=0) < 0 or stop - start != prod(shape) * DTYPES[dtype].itemsize:
             raise CheckpointError(
                 f"{where}: {name}: bytes {start} to {stop} for {dtype} {shape} after byte {end}; the header "
                 f"is damaged, copy or download it again"
             )
         end = stop
-        entries.append(entry)
+        entries.append(Entry(name, dtype, shape, data + start))
     if data + end != file_bytes:
         raise CheckpointError(
             f"{where}: {file_bytes} bytes found, {data + end} expected from its header; the file is cut "
             f"short or damaged, copy or download it again"
         )
     return tuple(entries)
+
+
+class Headers:
+    """Headers of several checkpoints. Fine-tuned ones are laid out as their base: the same bytes are parsed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, int], tuple[Entry, ...]] = {}
+        self._lock = Lock()
+
+    def parse(self, text: bytes, file_bytes: int, where: str) -> tuple[Entry, ...]:
+        """As `parse_header`; a thread that comes with a header that another parses waits for its entries."""
+        with self._lock:
+            key = (text, file_bytes)
+            if key not in self._known:
+                self._known[key] = parse_header(text, file_bytes, where)
+            return self._known[key]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

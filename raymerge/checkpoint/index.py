@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.checkpoint.header import Entry, header_length, parse_header
+from raymerge.checkpoint.header import Entry, Headers, header_length
 from raymerge.checkpoint.location import Location, resolve
 from raymerge.checkpoint.remote import open_filesystem, persist
 from raymerge.errors import CheckpointError
@@ -36,26 +36,32 @@ class Checkpoint:
         return sum(entry.num_bytes for _, entry in self.tensors.values())
 
 
-def open_checkpoint(text: str) -> Checkpoint:
-    """Read the headers of the checkpoint at a folder or hub id.
+def open_checkpoint(text: str, headers: Headers | None = None) -> Checkpoint:
+    """Read the headers of the checkpoint at a folder or hub id; those that are in `headers` are not parsed again.
 
     Raises CheckpointError if it is missing, incomplete, damaged, or has no safetensors.
     """
+    headers = headers or Headers()
     location = resolve(text)
     files = location.files()
-    shards = _shard_names(location, files)
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda name: _read_header(location, name, files[name]), shards))
+    weight_map = _read_index(location, files)
+    shards = sorted(set(weight_map.values())) if weight_map else [_only_file(location, files)]
     tensors: dict[str, tuple[str, Entry]] = {}
     digest = hashlib.sha256(str(location).encode())
-    for name, (entries, raw) in zip(shards, headers, strict=True):
-        digest.update(name.encode() + raw)
-        for entry in entries:
-            if entry.name in tensors:
-                raise CheckpointError(f"{location}: {entry.name} stands in {tensors[entry.name][0]} and in {name}")
-            tensors[entry.name] = (name, entry)
-    if INDEX in files:
-        _check_index(location, tensors)
+    with ThreadPoolExecutor(16) as pool:
+        heads = pool.map(lambda name: _read_header(location, name, files[name]), shards)
+        for name, (head, stamp) in zip(shards, heads, strict=True):
+            size = files[name]
+            digest.update(name.encode() + head + stamp + str(size).encode())
+            for entry in headers.parse(head, size, f"{location}/{name}"):
+                if entry.name in tensors:
+                    raise CheckpointError(f"{location}: {entry.name} stands in {tensors[entry.name][0]} and in {name}")
+                tensors[entry.name] = (name, entry)
+                if weight_map.get(entry.name) == name:
+                    del weight_map[entry.name]
+    if weight_map:
+        key, name = next(iter(weight_map.items()))
+        raise CheckpointError(f"{location}: the index says {key} is in {name}, where it is not")
     return Checkpoint(location, read_json(location, "config.json", files), tensors, digest.hexdigest())
 
 
@@ -77,50 +83,44 @@ def has_weights(files: Mapping[str, int]) -> bool:
     return any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) or name == INDEX for name in files)
 
 
-def _shard_names(location: Location, files: Mapping[str, int]) -> list[str]:
-    if INDEX in files:
-        weight_map = read_json(location, INDEX, files).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{location}: {INDEX} has no weight_map of names to files; it is damaged")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if name not in files:
-                location.local_path(name)  # says if the name leaves the folder
-                raise CheckpointError(f"{location}: {name} is in the index but not in the folder")
-        return names
+def _read_index(location: Location, files: Mapping[str, int]) -> dict[str, str]:
+    """The file of each tensor; empty for a checkpoint without an index."""
+    if INDEX not in files:
+        return {}
+    weight_map = read_json(location, INDEX, files).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{location}: {INDEX} has no weight_map of names to files; it is damaged")
+    for name in sorted(set(weight_map.values())):
+        if name not in files:
+            location.local_path(name)  # says if the name leaves the folder
+            raise CheckpointError(f"{location}: {name} is in the index but not in the folder")
+    return weight_map
+
+
+def _only_file(location: Location, files: Mapping[str, int]) -> str:
     if SINGLE in files:
-        return [SINGLE]
+        return SINGLE
     pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     found = f"found {', '.join(pickled)}, which are pickles and are not read; " if pickled else ""
     raise CheckpointError(f"{location}: no {SINGLE} and no {INDEX}; {found}save it as safetensors")
 
 
-def _check_index(location: Location, tensors: Mapping[str, tuple[str, Entry]]) -> None:
-    weight_map = json.loads(location.local_path(INDEX).read_bytes())["weight_map"]
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name][0] != file:
-            raise CheckpointError(f"{location}: the index says {name} is in {file}, where it is not")
-
-
-def _read_header(location: Location, name: str, size: int) -> tuple[tuple[Entry, ...], bytes]:
-    """The entries of a shard, and bytes that identify it."""
+def _read_header(location: Location, name: str, size: int) -> tuple[bytes, bytes]:
+    """The header of a shard, and what changes when the shard does, beside its size."""
     where = f"{location}/{name}"
     if location.is_remote:
-        head, stamp = _read_remote_header(location, name, size)
-        return parse_header(head, size, where), head + stamp + str(size).encode()
+        return _read_remote_header(location, name, size)
     path = location.cached_path(name) if location.is_hub else location.local_path(name)
     if path is None:
-        head, stamp = _read_hub_header(location, name, size), b""
-    else:
-        try:
-            with path.open("rb") as file:
-                first = file.read(8)
-                head = file.read(header_length(first, size, where))
-                # A file of a commit on the hub never changes.
-                stamp = b"" if location.is_hub else str(path.stat().st_mtime_ns).encode()
-        except OSError as problem:
-            raise CheckpointError(f"{where}: cannot be read: {problem.strerror}") from None
-    return parse_header(head, size, where), head + stamp + str(size).encode()
+        return _read_hub_header(location, name, size), b""
+    try:
+        with path.open("rb") as file:
+            first = file.read(8)
+            head = file.read(header_length(first, size, where))
+            # A file of a commit on the hub never changes.
+            return head, b"" if location.is_hub else str(path.stat().st_mtime_ns).encode()
+    except OSError as problem:
+        raise CheckpointError(f"{where}: cannot be read: {problem.strerror}") from None
 
 
 def _read_remote_header(location: Location, name: str, size: int) -> tuple[bytes, bytes]:

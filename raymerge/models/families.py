@@ -7,12 +7,16 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
 
 from raymerge.errors import CheckpointError
 from raymerge.models.quiet import quiet
+
+# Models that transformers builds in two threads at once may lack parameters.
+_building = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ def num_blocks_key(config: Mapping[str, Any]) -> str:
 
 def skeleton(config: Mapping[str, Any]) -> Skeleton:
     """Build the model on the meta device. Raises CheckpointError if transformers does not know it."""
-    return _skeleton(_Frozen(config))
+    with _building:
+        return _skeleton(_Frozen(config))
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

@@ -142,7 +142,7 @@ def _differing_embeddings(checkpoints: Mapping[str, Checkpoint], names: Mapping[
         name
         for model, checkpoint in checkpoints.items()
         for name, own in names[model].own.items()
-        if checkpoint.tensors[own][1].shape[:1] != tensors[name][1].shape[:1]
+        if (theirs := checkpoint.tensors[own][1].shape) != (ours := tensors[name][1].shape) and theirs[:1] != ours[:1]
     }
     # The model class is asked only if something differs: importing transformers takes seconds.
     if not suspects or not any("vocab_size" in c.config for c in checkpoints.values()):

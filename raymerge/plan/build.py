@@ -3,30 +3,33 @@
 Nothing is written, and no tensor's data is read.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 
 import raymerge
 from raymerge import methods
-from raymerge.checkpoint.header import DTYPES, NAMES, Entry
+from raymerge.checkpoint.header import DTYPES, NAMES, Entry, Headers
 from raymerge.checkpoint.index import Checkpoint, open_checkpoint
 from raymerge.checkpoint.model_folder import HEADS
 from raymerge.checkpoint.reader import StoredTensor
 from raymerge.errors import MismatchError, MissingTensor, RecipeError, ShapeMismatch
-from raymerge.methods.base import LearnedMethod, StatisticsMethod, TensorMethod
+from raymerge.methods.base import LearnedMethod, StatisticsMethod
 from raymerge.models.blocks import block_lists, block_name, natural_order
 from raymerge.plan import memory
 from raymerge.plan.align import align
 from raymerge.plan.distill import LearningPlanner
+from raymerge.plan.forecast import num_reads
 from raymerge.plan.layout import Place, lay_out, output_config
 from raymerge.plan.naming import head_module, match_names, trunk_names
 from raymerge.plan.schema import Call, Cost, Model, Plan, PlannedTensor, Shard, Source, Tokenizer, UnitCost
 from raymerge.plan.sketch import open_or_sketch
-from raymerge.recipe.schema import Recipe, Settings
+from raymerge.recipe.schema import Filtered, Recipe, Settings
 from raymerge.recipe.settings import resolve_settings
 
 SMALLEST_AUTO_SHARD = 64 * 2**20
@@ -39,7 +42,14 @@ def build_plan(recipe: Recipe, *, weightless: bool = False) -> Plan:
 
     Raises UserError of every kind: CheckpointError, MismatchError, RecipeError, MemoryBudgetError.
     """
-    return _Planner(recipe, weightless).plan()
+    # A plan has no cycles, and is large: the collector would walk all of it again and again as it grows.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _Planner(recipe, weightless).plan()
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(slots=True)
@@ -64,9 +74,13 @@ class _Planner:
     """One plan while it is made. `frame` is the model whose tensors the output has."""
 
     def __init__(self, recipe: Recipe, weightless: bool) -> None:
+        # Before the plan grows: workers do not hold it.
+        self.baseline = memory.baseline_bytes()
         self.recipe = recipe
         self.method = methods.find(recipe.method)
         self.calls = _Calls(recipe.method)
+        self.filters = _filters(recipe)
+        self.known_calls: dict[tuple[object, ...], int] = {}
         self.notes: list[str] = list(recipe.notes)
         self.checkpoints = _open_all(recipe, open_or_sketch if weightless else open_checkpoint)
         self.notes += [
@@ -75,6 +89,7 @@ class _Planner:
             if checkpoint.is_sketch
         ]
         self.order = list(self.checkpoints)
+        self.numbers = {name: number for number, name in enumerate(self.order)}
         self.frame_name = self.order[0]
         self.frame = self.checkpoints[self.frame_name]
         self.lists = block_lists(self.frame.tensors)
@@ -93,8 +108,9 @@ class _Planner:
         asked = self.recipe.compute.memory
         budget = None if asked is None else memory.parse_bytes(asked, "compute.memory")
         reading = memory.reading_bytes(checkpoint.location for checkpoint in self.checkpoints.values())
-        fitted, peak = memory.fit(tensors, self.calls.found, budget, reading)
+        fitted, peak = memory.fit(tensors, self.calls.found, budget, self.baseline + reading)
         everything = [*fitted, *(tensor for head in heads.values() for tensor in head)]
+        built = [call.build() for call in self.calls.found]
         config = self._config()
         learning: LearningPlanner | None = None
         unit_costs: tuple[UnitCost, ...] = ()
@@ -121,15 +137,17 @@ class _Planner:
             shards=tuple(shards),
             seed=self.recipe.seed,
             config=config,
-            head_experts=tuple(self.order.index(name) for name in heads),
+            head_experts=tuple(self.numbers[name] for name in heads),
             tokenizer=self.alignment.tokenizer if self.alignment else Tokenizer(model=0),
             chat_template=self.recipe.output.chat_template,
             notes=tuple(dict.fromkeys(self.notes)),
             cost=Cost(
-                bytes_read=sum(_bytes_read(tensor, self.calls.found) for tensor in everything),
+                bytes_read=sum(
+                    memory.held_bytes(t) * num_reads(t, None if t.call is None else built[t.call]) for t in everything
+                ),
                 bytes_written=sum(_bytes_of(tensor) for tensor in everything),
                 peak_bytes_per_worker=peak,
-                baseline_bytes=memory.baseline_bytes(),
+                baseline_bytes=self.baseline,
                 units=unit_costs,
                 num_learners=(self.recipe.compute.workers or 1) if learning else 0,
                 machine_bytes=memory.machine_bytes(),
@@ -157,7 +175,7 @@ class _Planner:
     def _find_head_modules(self) -> frozenset[str]:
         """Modules outside the trunk that are kept per expert: asked for, or of different shapes."""
         asked = set(self.recipe.output.heads)
-        unknown = asked - {head_module(name) for c in self.checkpoints.values() for name in c.tensors}
+        unknown = asked and asked - {head_module(name) for c in self.checkpoints.values() for name in c.tensors}
         if unknown:
             raise RecipeError(f"output.heads: no model has a module {', '.join(sorted(unknown))}")
         differing = [
@@ -191,7 +209,7 @@ class _Planner:
         return None if found is None else self._locate(model, *found)
 
     def _locate(self, model: str, file: str, entry: Entry) -> StoredTensor:
-        return StoredTensor(self.order.index(model), file, entry.name, entry.start, entry.dtype, entry.shape)
+        return StoredTensor(self.numbers[model], file, entry.name, entry.start, entry.dtype, entry.shape)
 
     def _tensor(self, place: Place) -> list[PlannedTensor]:
         """The planned tensor of a place; none if only the experts' own heads have it."""
@@ -250,7 +268,8 @@ class _Planner:
         aligned = self._aligned(place, present)
         sources = {name: aligned.get(name) or Source(name=name, tensors=(tensor,)) for name, tensor in present.items()}
         shape = self._shape(place, present)
-        dtypes = [DTYPES[present[name].dtype] for name in (*((base,) if base else ()), *experts)]
+        used = (*((base,) if base else ()), *experts)
+        dtypes = list(dict.fromkeys(DTYPES[present[name].dtype] for name in used))
         if not all(dtype.is_floating_point for dtype in dtypes):
             raise MismatchError(f"{place.name}: integers in one model, floats in another; they are not of one family")
         arithmetic = _arithmetic(self.recipe, dtypes)
@@ -260,10 +279,19 @@ class _Planner:
             shape=shape,
             dtype=NAMES[getattr(torch, self.recipe.output.dtype) if self.recipe.output.dtype else kept],
             arithmetic=NAMES[arithmetic],
-            call=self.calls.number(self._settings(place, experts)),
+            call=self._call(place, experts),
             base=sources[base] if base else None,
             experts=tuple(sources[name] for name in experts),
         )
+
+    def _call(self, place: Place, experts: tuple[str, ...]) -> int:
+        """The number of the call that merges a place: the same for names that no filter tells apart."""
+        names = [place.name, *(self._own_name(name, place.names[name]) for name in experts)] if self.filters else []
+        matches = tuple(part in name for name in names for part in self.filters)
+        key = (experts, place.depth, id(place.own_scopes), matches)
+        if key not in self.known_calls:
+            self.known_calls[key] = self.calls.number(self._settings(place, experts))
+        return self.known_calls[key]
 
     def _settings(self, place: Place, experts: Sequence[str]) -> dict[str, Any]:
         whole: Settings = self.recipe.settings
@@ -312,7 +340,8 @@ class _Planner:
         """The tensors only this expert can have: what the frame lacks, and modules kept per expert."""
         checkpoint, matched = self.checkpoints[expert], self.names[expert]
         kept = [] if self.recipe.slices is not None else list(matched.extra)
-        kept += [own for name, own in matched.own.items() if head_module(name) in self.head_modules]
+        if self.head_modules:
+            kept += [own for name, own in matched.own.items() if head_module(name) in self.head_modules]
         return [
             _copied(own, Source(name=expert, tensors=(stored,)), stored)
             for own in kept
@@ -355,15 +384,30 @@ class _Planner:
         return config
 
 
-def _open_all(recipe: Recipe, opener: Callable[[str], Checkpoint]) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, opener: Callable[[str, Headers], Checkpoint]) -> dict[str, Checkpoint]:
     """The checkpoints by name: the base first, then the experts in their order; one path is opened once."""
     paths = {name: expert.path for name, expert in recipe.experts.items()}
     if recipe.base is not None:
         paths = {"base": recipe.base, **paths}
     distinct = list(dict.fromkeys(paths.values()))
-    with ThreadPoolExecutor(8) as pool:
-        opened = dict(zip(distinct, pool.map(opener, distinct), strict=True))
+    headers = Headers()
+    with ThreadPoolExecutor(4) as pool:
+        opened = dict(zip(distinct, pool.map(opener, distinct, repeat(headers)), strict=True))
     return {name: opened[path] for name, path in paths.items()}
+
+
+def _filters(recipe: Recipe) -> tuple[str, ...]:
+    """All filters of a recipe's settings."""
+    scopes = [recipe.settings, *(expert.settings for expert in recipe.experts.values())]
+    for part in recipe.slices or []:
+        scopes += [part.settings, *(source.settings for source in part.sources.values())]
+    return tuple(
+        choice.filter
+        for settings in scopes
+        for setting in settings.values()
+        for choice in (setting if isinstance(setting, list) else [])
+        if isinstance(choice, Filtered) and choice.filter
+    )
 
 
 def _copied(name: str, source: Source, stored: StoredTensor, dtype: str | None = None) -> PlannedTensor:
@@ -386,16 +430,6 @@ def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def _bytes_of(tensor: PlannedTensor) -> int:
     return tensor.num_elements * DTYPES[tensor.dtype].itemsize
-
-
-def _bytes_read(tensor: PlannedTensor, calls: Sequence[Call]) -> int:
-    """Bytes read for a tensor: once if it is copied, held, or merged in one pass; else once per pass."""
-    once = memory.held_bytes(tensor)
-    if tensor.call is None or tensor.held:
-        return once
-    method: TensorMethod = calls[tensor.call].build()
-    passes = method.rounds(DTYPES[tensor.arithmetic]) if isinstance(method, StatisticsMethod) else 0
-    return once * (1 + passes)
 
 
 def _pack(groups: Sequence[Sequence[PlannedTensor]], size: int) -> list[list[PlannedTensor]]:

@@ -91,14 +91,13 @@ def reading_bytes(locations: Iterable[Location]) -> int:
 
 
 def fit(
-    tensors: Sequence[PlannedTensor], calls: Sequence[Call], budget: int | None, reading: int
+    tensors: Sequence[PlannedTensor], calls: Sequence[Call], budget: int | None, baseline: int
 ) -> tuple[tuple[PlannedTensor, ...], int]:
-    """Decide which tensors are held between passes, and predict a worker's peak in bytes, `reading` ahead included.
+    """Decide which tensors are held between passes, and predict a worker's peak in bytes, `baseline` included.
 
     Tensors of methods with several passes are held where the budget allows, else read once per pass.
     Raises MemoryBudgetError, naming the tensor, if the budget does not suffice even so.
     """
-    baseline = baseline_bytes() + reading
     methods = [call.build() for call in calls]
     peak = baseline
     fitted = []
@@ -120,5 +119,5 @@ def fit(
                 f"or choose an elementwise method for this tensor"
             )
         peak = max(peak, need)
-        fitted.append(replace(tensor, held=held))
+        fitted.append(replace(tensor, held=True) if held else tensor)
     return tuple(fitted), peak

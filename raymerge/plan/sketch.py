@@ -5,13 +5,13 @@ import json
 
 import torch
 
-from raymerge.checkpoint.header import NAMES, Entry
+from raymerge.checkpoint.header import NAMES, Entry, Headers
 from raymerge.checkpoint.index import SINGLE, Checkpoint, has_weights, open_checkpoint, read_json
 from raymerge.checkpoint.location import resolve
 from raymerge.models.families import parameter_shapes
 
 
-def open_or_sketch(text: str) -> Checkpoint:
+def open_or_sketch(text: str, headers: Headers) -> Checkpoint:
     """The checkpoint at a folder or hub id; if it has no weights, one with the tensors its config describes.
 
     Names and layouts are those of the model in memory, which for mixtures are not those of files. Raises
@@ -20,7 +20,7 @@ def open_or_sketch(text: str) -> Checkpoint:
     location = resolve(text)
     files = location.files()
     if has_weights(files):
-        return open_checkpoint(text)
+        return open_checkpoint(text, headers)
     config = read_json(location, "config.json", files)
     dtype = NAMES[getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))]
     tensors: dict[str, tuple[str, Entry]] = {}
