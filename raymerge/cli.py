@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,9 +16,10 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from raymerge import __version__
-from raymerge.errors import RayMergeError
+from raymerge.errors import RayMergeError, UserError, nearest
 
 if TYPE_CHECKING:
     from raymerge.api import MergeResult, SearchResult
@@ -32,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Merge fine-tuned checkpoints of one base into one, on a laptop or a Ray cluster.",
 )
+# Between two lines of progress where there is no terminal.
+LINE_SECONDS = 15
+
 out_console = Console()
 err_console = Console(stderr=True)
 
@@ -222,6 +227,46 @@ def demo(
     _beside_ray(verb)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(help="a command of RayMerge", metavar="VERB")],
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="dashboard, as http://HEAD:8265")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="its arguments", metavar="ARGS")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave")] = False,
+) -> None:
+    """Run a command as a job on a Ray cluster, and follow it; Ctrl-C leaves it running."""
+    from raymerge.run.submit import submit as start
+
+    job = start(address, verb, arguments or [], _parsed(context, verb, arguments or []))
+    if detach:
+        print(job.id)
+        return
+    _tell(f"{job.id} on {address}")
+    try:
+        code = job.follow(lambda lines: print(lines, end="", flush=True))
+    except KeyboardInterrupt:
+        _tell(f"{job.id} goes on\n{job.hint}")
+        raise typer.Exit(130) from None
+    if code:
+        _tell(f"{job.id} ended with exit code {code}")
+    raise typer.Exit(code)
+
+
+def _parsed(context: typer.Context, verb: str, arguments: list[str]) -> dict[str, Any]:
+    """What a command would be given, so that its mistakes end here."""
+    group = context.find_root().command
+    assert isinstance(group, TyperGroup)
+    known = [name for name in group.commands if name != "submit"]
+    if verb not in known:
+        raise UserError(f"submit: {verb!r} is no command; {nearest(verb, known)}")
+    return group.commands[verb].make_context(verb, list(arguments), parent=context.find_root()).params
+
+
+def _tell(text: str) -> None:
+    err_console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def _beside_ray(verb: Callable[[], Result]) -> Result:
     """Call a verb while Ray starts: both take seconds before they do anything."""
     from raymerge.run.cluster import run_beside_start
@@ -246,9 +291,12 @@ def _first_line(found: type) -> str:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    if quiet or not err_console.is_terminal:
+    """A progress bar on a terminal; elsewhere, as in the log of a job, a line now and then."""
+    if quiet:
         yield None
+        return
+    if not err_console.is_terminal:
+        yield _lines()
         return
     texts = TextColumn("{task.description}")
     columns = (SpinnerColumn(), texts, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -259,6 +307,19 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
             bars.update(task, description=what, completed=done, total=total)
 
         yield tell
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    """Progress for a file: a line at most every LINE_SECONDS while there is more to do; short work says nothing."""
+    due = time.monotonic() + LINE_SECONDS
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal due
+        if done < total and time.monotonic() >= due:
+            due = time.monotonic() + LINE_SECONDS
+            err_console.print(f"{what}: {done} of {total}", markup=False, highlight=False)
+
+    return tell
 
 
 def _plan_summary(planned: "Plan") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from command import COMMAND, environment, python, raymerge
 from tiny import load, make_bert, make_llama, recipe
 
-from raymerge import methods
+from raymerge import cli, methods
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,15 @@ def test_a_bar_on_a_terminal(place: Path) -> None:
     os.close(ours)
     assert process.returncode == 0
     assert "━".encode() in shown and b"linear of 3 checkpoints" in shown
+
+
+def test_in_a_file_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short work says nothing."""
+    cli._lines()("merging", 1, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0)
+    cli._lines()("merging", 1, 2)
+    assert capsys.readouterr().err == "merging: 1 of 2\n"
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(place: Path) -> None:

@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
 
 from raymerge.errors import MemoryBudgetError, RayMergeError, RecipeError
 from raymerge.run.allocator import keep_freed_chunks
@@ -41,6 +42,8 @@ def connect() -> None:
         if os.environ.get("RAY_ADDRESS") or _is_on_a_cluster():
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
             return
+        # As Ray does by itself on a Mac: its processes listen on loopback, not on every address of this machine.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",
             include_dashboard=False,
