@@ -183,12 +183,6 @@ def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch) -> None:
         submit.submit("head:6379", "methods", [], {})
 
 
-def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(RayMergeError, match=r"pip install 'raymerge\[submit\]'"):
-        submit.submit("http://127.0.0.1:1", "methods", [], {})
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """One for all tests; the cluster has credentials of its own."""
