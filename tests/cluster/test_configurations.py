@@ -228,17 +228,17 @@ def test_the_ray_of_kubernetes_is_the_one_that_is_tested(job: dict[str, Any]) ->
 # All of them
 
 
-def test_the_slurm_script_passes_shellcheck() -> None:
+def test_scripts_pass_shellcheck() -> None:
     found = shutil.which("shellcheck")
     if found is None:
         pytest.skip("there is no shellcheck here")
-    subprocess.run([found, str(CLUSTER / "slurm.sh")], check=True)
+    subprocess.run([found, *CLUSTER.glob("*.sh")], check=True)
 
 
 def test_each_file_has_its_command_in_the_readme() -> None:
     text = (CLUSTER / "README.md").read_text()
     blocks = dict(re.findall(r"<!-- (\w+) -->\n```bash\n(.+?)\n```", text, re.DOTALL))
-    assert set(blocks) == {"launcher", "kuberay", "slurm"}
+    assert set(blocks) == {"launcher", "kuberay", "slurm", "machines"}
     for file in CLUSTER.iterdir():
         assert file.name in text or file.name == "README.md", file.name
     for block in blocks.values():
