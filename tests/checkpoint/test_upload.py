@@ -117,6 +117,7 @@ def test_places_that_cannot_be(asked: dict[str, Any]) -> None:
         api.merge(asked, "ftp://host/out", local=True)
 
 
+@pytest.mark.slow
 def test_a_distillation_and_its_model(storage: Storage, tmp_path: Path) -> None:
     """Experts from the storage, units and heads to it, coefficients too; the model with a head comes back."""
     asked = {**make_family(tmp_path, epochs=2), "output": {"coefficients": True}}

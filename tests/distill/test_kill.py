@@ -25,6 +25,7 @@ def expected(folder: Path, *more: str) -> dict[str, bytes]:
     return weights(folder / "expected")
 
 
+@pytest.mark.slow
 def test_a_killed_run(tmp_path: Path) -> None:
     prepare(tmp_path)
     first, second = (tmp_path / UNITS / f"encoder.layer.{block}.json" for block in (0, 1))
