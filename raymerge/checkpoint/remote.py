@@ -41,7 +41,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     filesystem = fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        # Of its own, within each of ours: it pauses longer where it is told to slow down.
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
         # A small file is one request, not an upload of parts.
         allow_delayed_open=True,
     )

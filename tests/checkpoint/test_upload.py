@@ -1,9 +1,11 @@
 """Outputs on a real S3 protocol server: the bytes of a local output, whole files only, and the manifest last."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -140,9 +142,8 @@ def test_a_distillation_and_its_model(storage: Storage, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
 def test_a_search(storage: Storage, tmp_path: Path) -> None:
-    """With all of it on the storage: checkpoints, rows, trials, what is found."""
+    """With all of it on the storage: checkpoints, rows, trials, what is found; on a Ray that knows the storage."""
     asked = family(tmp_path, space=PER_EXPERT, trials=4, searcher="tpe")
     asked["base"] = storage.upload(Path(asked["base"]), "base")
     for name, expert in asked["experts"].items():
@@ -150,12 +151,15 @@ def test_a_search(storage: Storage, tmp_path: Path) -> None:
     data = storage.upload(tmp_path, "rows")
     for task in (*asked["evaluate"], *asked["search"]["evaluate"]):
         task["data"] = f"{data}/{Path(task['data']).name}"
-    found = api.search(asked, OUT)
+    (tmp_path / "recipe.json").write_text(json.dumps(asked))
+    ended = command.raymerge("search", "recipe.json", OUT, "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
     copy = storage.download(OUT, tmp_path / "copy")
     rows = pq.read_table(copy / "trials.parquet").to_pylist()
     assert len(rows) == 4 and all(row["error"] is None for row in rows)
-    assert found.facts["objectives"]["mean_score"] == max(row["mean_score"] for row in rows)
-    assert found.facts["test"]["mean"] == api.evaluate(f"{OUT}/merged", asked).mean
+    assert found["objectives"]["mean_score"] == max(row["mean_score"] for row in rows)
+    assert found["test"]["mean"] == api.evaluate(f"{OUT}/merged", asked).mean
     assert not (copy / "tune").exists() and (copy / "report.html").is_file()
     api.merge(str(copy / "best.yml"), tmp_path / "again", local=True)
     assert weights(tmp_path / "again") == weights(copy / "merged")
