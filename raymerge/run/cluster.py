@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread, main_thread
 from typing import Any, TypeVar
 
 import ray
@@ -35,6 +35,9 @@ def connect() -> None:
 
     Call it from the main thread: Ray cannot be started from another.
     """
+    if current_thread() is not main_thread():
+        # The main thread may be starting it.
+        _ready.wait()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
