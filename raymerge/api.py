@@ -177,7 +177,9 @@ def search(
     from raymerge.report.page import write_report
     from raymerge.report.search import read_search, search_digest, write_search
     from raymerge.report.trials import best_of, write_trials
-    from raymerge.run.search import SearchJob, check_searcher, discard_experiment, run_search
+    from raymerge.run.journal import Journal
+    from raymerge.run.sampler import make_sampler
+    from raymerge.run.search import SearchJob, run_search
     from raymerge.run.shared import Shared
 
     begun = time.perf_counter()
@@ -187,7 +189,8 @@ def search(
     asked, found = loaded.search, axes(loaded)
     check_search(loaded, asked)
     planned, *_ = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
-    check_searcher(loaded, found)
+    # Says what it cannot search before anything is written.
+    make_sampler(loaded, found)
     target = output_path(out)
     with _open(target, search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
@@ -213,7 +216,7 @@ def search(
         if isinstance(merged, RemotePath):
             merged.copy_small(workspace.staging / "merged")
         write_report(workspace.staging, workspace.out.name)
-        discard_experiment(workspace.folder)
+        Journal(workspace.folder).discard()
         workspace.publish()
     return SearchResult(out=workspace.out, facts=read_search(workspace.out))
 

@@ -28,7 +28,7 @@ from raymerge import api
 from raymerge.evaluate.examiner import make_examiner
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.space import axes, trial_recipe
-from raymerge.run.search import Suggest
+from raymerge.run.sampler import draw
 from raymerge.run.trial import Bench
 
 ONE = {"settings.coefficient": {"low": 0.1, "high": 1.0, "step": 0.1}}
@@ -132,10 +132,10 @@ def in_one_process(
     found, bench = axes(loaded), Bench()
     examiner = make_examiner(loaded, loaded.search, str(recipe["base"]))
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=loaded.seed))
-    suggest, ends, own = Suggest(found, loaded.method), [], []
+    ends, own = [], []
     for _ in range(loaded.search.trials):
         trial = study.ask()
-        suggest(trial)
+        draw(trial, found, loaded.method)
         models, merging = bench.merge(trial_recipe(loaded, found, trial.params), examiner.experts)
         begun = time.perf_counter()
         (reached,) = examiner.examine(models)

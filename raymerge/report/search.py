@@ -17,7 +17,7 @@ FACTS = "raymerge/search.json"
 def search_digest(plan: Plan, recipe: Recipe, hashes: Sequence[str]) -> str:
     """Identifies a search: its inputs, its space, and its tasks with the `hashes` of their files.
 
-    How many trials run at once is no part of it: a search that goes on keeps to what it began with.
+    How many trials run at once is no part of it: a search may go on with another number.
     """
     assert recipe.search is not None
     asked = recipe.search.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"})

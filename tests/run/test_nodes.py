@@ -15,7 +15,7 @@ import pytest
 from command import descendants, raymerge, started, wait
 from ray.cluster_utils import Cluster
 from run.test_resume import SLOW
-from run.test_search import PER_EXPERT, family
+from run.test_search import PER_EXPERT, family, num_told
 from samples import make_family
 from tiny import make_llama, recipe, weights
 
@@ -95,23 +95,16 @@ def test_a_distillation_that_loses_a_node(cluster: Cluster, tmp_path: Path) -> N
     assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
-def test_a_search_that_loses_a_process_and_a_node(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_loses_a_process_and_a_node(cluster: Cluster, tmp_path: Path) -> None:
     """No trial is lost with them."""
-    # Seconds between what Tune writes.
-    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
     asked = family(tmp_path, space=PER_EXPERT, trials=30, searcher="random", concurrent=2)
     second = cluster.add_node(num_cpus=1)
-
-    def finished() -> int:
-        return len(list((tmp_path / "out.partial" / "tune").glob("*/result.json")))
 
     def lose(process: Any) -> None:
         descendants(raylet_of(cluster.head_node), "ImplicitFunc")[0].kill()
         kill(second)
 
-    run_until(asked, tmp_path, cluster, lambda: finished() >= 3, lose)
+    run_until(asked, tmp_path, cluster, lambda: num_told(tmp_path / "out.partial") >= 3, lose)
     rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
     assert len(rows) == 30 and all(row["error"] is None for row in rows)
     again = raymerge("search", "recipe.yml", "expected", cwd=tmp_path, RAY_ADDRESS=cluster.address)
