@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from raymerge.checkpoint.header import DTYPES, layout_bytes
+from raymerge.checkpoint.header import layout_bytes
 from raymerge.checkpoint.place import OutputPath, RemotePath, output_path
 from raymerge.checkpoint.remote_workspace import open_remote_workspace
 from raymerge.checkpoint.workspace import Workspace, open_workspace
@@ -329,10 +329,6 @@ def _pool(planned: Plan, folder: OutputPath, recipe: Recipe, local: bool) -> Poo
     return RayPool(compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker, shared)
 
 
-def _shard_bytes(planned: Plan, number: int) -> int:
-    return sum(t.num_elements * DTYPES[t.dtype].itemsize for t in planned.shards[number].tensors)
-
-
 def _is_whole(planned: Plan, number: int, workspace: Workspace) -> bool:
     shard = planned.shards[number]
     return workspace.is_whole(shard.file, layout_bytes(shard.layout))
@@ -341,7 +337,7 @@ def _is_whole(planned: Plan, number: int, workspace: Workspace) -> bool:
 def _check_space(planned: Plan, todo: list[int], folder: OutputPath) -> None:
     if isinstance(folder, RemotePath):
         return
-    needed = sum(_shard_bytes(planned, number) for number in todo)
+    needed = sum(layout_bytes(planned.shards[number].layout) for number in todo)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")

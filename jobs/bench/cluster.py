@@ -9,13 +9,11 @@ one: `bound` is the best speedup that its cores allow. Seconds are of the run it
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from checkpoints import SHAPES, make_checkpoints
 from ray.cluster_utils import Cluster
-from rich.console import Console
-from rich.table import Table
+from table import show
 
 from raymerge.checkpoint.index import open_checkpoint
 
@@ -78,15 +75,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, {date.today().isoformat()}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=140).print(table)
+    show(rows, arguments.json)
 
 
 def of_merge(folder: Path, size: str) -> tuple[dict[str, Any], int]:

@@ -10,22 +10,18 @@ forward and backward on our batches. DIR holds `<task>-calib.parquet` with `text
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.table import Table
+from table import show
 from torch import Tensor
 
 from raymerge.distill.engine import PlainEngine
@@ -84,15 +80,7 @@ def main() -> None:
                 "times_less_memory": theirs["peak_gb"] / ours["peak_gb"],
             }
         )
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, {arguments.device}, {date.today().isoformat()}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=150).print(table)
+    show(rows, arguments.json, device=arguments.device)
 
 
 def in_a_process(form: str, shape: str, arguments: argparse.Namespace) -> dict[str, float]:

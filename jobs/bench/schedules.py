@@ -8,15 +8,11 @@ on a machine like this one, handing on the samples in no time. The corrected sch
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from table import show
 
 from raymerge import api
 from raymerge.distill.schedule import DRAFT, TAIL
@@ -43,15 +39,7 @@ def main() -> None:
             arguments,
         ),
     ]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, {date.today().isoformat()}")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=120).print(table)
+    show(rows, arguments.json, digits=3)
 
 
 def measure(

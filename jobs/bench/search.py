@@ -8,21 +8,16 @@ are measured on rows cut from train, which the experts have seen; the best of ea
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pyarrow.parquet as pq
 from finetune import experts
-from rich.console import Console
-from rich.table import Table
+from table import show
 
 from raymerge import api
 from raymerge.evaluate.examiner import make_examiner
@@ -61,15 +56,7 @@ def main() -> None:
     wanted = [name for name in searches if not arguments.only or any(part in name for part in arguments.only)]
     rows = [on_ray(name, recipe, searches[name][0], arguments, searches[name][1]) for name in wanted]
     rows.append(in_one_process("tpe, per expert, without Ray", recipe, alone, arguments))
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, {date.today().isoformat()}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*("" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=140).print(table)
+    show(rows, arguments.json, digits=3)
 
 
 def family(arguments: argparse.Namespace) -> dict[str, Any]:

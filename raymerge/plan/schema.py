@@ -149,10 +149,6 @@ class Cost:
         """All workers that learn have room on the machine that planned."""
         return self.num_learners * self.peak_bytes_per_worker <= self.machine_bytes
 
-    def local_peak_bytes(self, threads: int) -> int:
-        """Peak of one process that works on `threads` shards at once."""
-        return self.baseline_bytes + threads * (self.peak_bytes_per_worker - self.baseline_bytes)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:

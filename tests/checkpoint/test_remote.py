@@ -1,10 +1,9 @@
 """Checkpoints on a real S3 protocol server merge as folders do, and every byte of their weights is read once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from storage import Storage, serve
+from storage import Storage
 from tiny import make_llama, recipe, weights
 
 from raymerge import api
@@ -13,14 +12,6 @@ from raymerge.checkpoint.index import open_checkpoint
 from raymerge.errors import CheckpointError, StorageError
 
 pytest.importorskip("moto")
-
-
-@pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Storage]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
-    with serve(monkeypatch) as found:
-        yield found
 
 
 def family(folder: Path, storage: Storage) -> tuple[list[str], list[str]]:

@@ -1,7 +1,6 @@
 """Outputs on a real S3 protocol server: the bytes of a local output, whole files only, and the manifest last."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,18 @@ import pytest
 import torch
 from run.test_search import PER_EXPERT, family
 from samples import make_family
-from storage import Storage, serve
+from storage import Storage
 from tiny import make_llama, recipe, weights
 
 import raymerge
 from raymerge import api
-from raymerge.checkpoint import remote, upload
+from raymerge.checkpoint import upload
 from raymerge.checkpoint.place import RemotePath
 from raymerge.errors import OutputError, RayMergeError, StorageError
 
 pytest.importorskip("moto")
 
 OUT = "s3://models/merged/out"
-
-
-@pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Storage]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
-    with serve(monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture
