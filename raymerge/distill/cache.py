@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from raymerge.errors import StorageError
+
 LIMIT = 2**30
 
 
@@ -20,13 +22,20 @@ class ActivationCache:
         self._held_bytes = 0
 
     def put(self, key: str, tensor: Tensor) -> None:
+        """Keep a tensor of any shape and dtype. Raises StorageError if it goes to a file, which cannot be written."""
         self.drop(key)
         if self._held_bytes + tensor.nbytes <= self._limit:
             self._held[key] = tensor
             self._held_bytes += tensor.nbytes
             return
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        flat.numpy().tofile(self._path(key))
+        try:
+            flat.numpy().tofile(self._path(key))
+        except OSError as problem:
+            raise StorageError(
+                f"{tempfile.gettempdir()}: {flat.nbytes} bytes of activations cannot be written: {problem}; "
+                "free some space on this node, or set TMPDIR to a larger disk there"
+            ) from None
         self._spilled[key] = (tensor.dtype, tuple(tensor.shape), tensor.device)
 
     def get(self, key: str) -> Tensor:

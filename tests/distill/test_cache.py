@@ -5,6 +5,7 @@ import torch
 
 from raymerge.distill import cache as cache_module
 from raymerge.distill.cache import ActivationCache
+from raymerge.errors import StorageError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,3 +40,9 @@ def test_what_is_dropped_leaves_disk_and_makes_room(monkeypatch: pytest.MonkeyPa
     cache.put("second", torch.ones(10))
     assert not files[0].exists()
     assert torch.equal(cache.get("second"), torch.ones(10))
+
+
+def test_a_disk_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module.tempfile, "tempdir", "/proc")
+    with pytest.raises(StorageError, match="/proc: 40 bytes of activations cannot be written: .*set TMPDIR"):
+        ActivationCache(limit=0).put("first", torch.zeros(10))

@@ -80,6 +80,11 @@ class Machines:
         own = ("-m", "ray.scripts.scripts", "start", address, "--num-cpus=1", "--block", "--disable-usage-stats")
         return self.run(machine, sys.executable, *own, *arguments, stdout=subprocess.DEVNULL)
 
+    def resize(self, machine: int, size: str) -> None:
+        """Give its disk another size, as the shell on it says."""
+        resize = f"cd {self.disk} && mount -o remount,size={size} ."
+        assert self.run(machine, "sh", "-c", resize).wait(10) == 0
+
     def kill(self, machine: int) -> None:
         """All that runs on a machine is gone at once; its address no longer answers."""
         for pid in subprocess.run(
@@ -259,6 +264,28 @@ def test_a_distillation(compute: dict[str, Any], machines: Machines, bucket: Buc
     here = raymerge("merge", "here.json", "expected", cwd=tmp_path)
     assert here.returncode == 0, here.stderr
     assert weights(bucket.get(f"s3://{BUCKET}/out", tmp_path / "copy")) == weights(tmp_path / "expected")
+
+
+def test_a_disk_that_is_full(machines: Machines, bucket: Bucket, tmp_path: Path) -> None:
+    """On one machine: a merge needs none there; a distillation says which, and goes on when there is room."""
+    (tmp_path / "merge").mkdir()
+    merging = slow_family(tmp_path / "merge")
+    learning = {**make_family(tmp_path, epochs=2), "compute": {"workers": 3}}
+    machines.resize(3, "$(df --block-size=1 --output=used . | tail -1)")
+    process = merge(machines, upload(merging, bucket), f"s3://{BUCKET}/merged", tmp_path / "merge")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    api.merge({**merging, "method": "linear", "settings": {}}, tmp_path / "expected", local=True)
+    assert weights(bucket.get(f"s3://{BUCKET}/merged", tmp_path / "copy")) == weights(tmp_path / "expected")
+    asked = upload(learning, bucket)
+    process = merge(machines, asked, f"s3://{BUCKET}/out", tmp_path)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1 and f"{machines.disk}/cache" in said and "No space left on device" in said, said
+    assert "config.json" not in bucket.names("out/")
+    machines.resize(3, "50%")
+    process = merge(machines, asked, f"s3://{BUCKET}/out", tmp_path)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
 
 
 def test_a_machine_that_is_lost(machines: Machines, bucket: Bucket, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from raymerge import api
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+SLEEP = 'time.sleep(0 if Path("fast").exists() else self.seconds)'
 UNITS = "out.partial/raymerge/units"
 
 
@@ -61,13 +62,25 @@ def run_until(
     assert process.returncode == 0, said
 
 
+def of_merge(place: Path, blocks: int = 4, sleep: str = SLEEP) -> dict[str, Any]:
+    """A merge of several files that takes its time."""
+    (place / "slow_method.py").write_text(SLOW.replace(SLEEP, sleep))
+    places = [make_llama(place / name, seed, blocks=blocks) for seed, name in enumerate(("base", "a", "b"))]
+    return recipe(*places, method="slow_method:Slow", output={"shard_size": 6000}, settings={"seconds": 1.0})
+
+
+def of_distillation(place: Path) -> dict[str, Any]:
+    return {**make_family(place, epochs=30), "compute": {"workers": 2, "zero_stage": 1}}
+
+
+def of_search(place: Path) -> dict[str, Any]:
+    return family(place, space=PER_EXPERT, trials=30, searcher="random", concurrent=2)
+
+
 def test_a_merge_whose_second_node_comes_late_and_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     # Says which node it works on, by its raylet.
-    noted = f'open("{tmp_path}/nodes", "a").write(f"{{os.getppid()}}\\n"); time.sleep('
-    (tmp_path / "slow_method.py").write_text(SLOW.replace("time.sleep(", noted))
-    places = [make_llama(tmp_path / name, seed, blocks=4) for seed, name in enumerate(("base", "a", "b"))]
-    asked = recipe(*places, method="slow_method:Slow", output={"shard_size": 6000}, settings={"seconds": 1.0})
     nodes = tmp_path / "nodes"
+    asked = of_merge(tmp_path, sleep=f'open("{nodes}", "a").write(f"{{os.getppid()}}\\n"); {SLEEP}')
     added: list[Any] = []
 
     def begun() -> bool:
@@ -82,7 +95,7 @@ def test_a_merge_whose_second_node_comes_late_and_is_lost(cluster: Cluster, tmp_
 
 def test_a_distillation_that_loses_a_node(cluster: Cluster, tmp_path: Path) -> None:
     """Its two workers stand on different nodes; the group begins anew, from the last finished block, on a third."""
-    asked = {**make_family(tmp_path, epochs=30), "compute": {"workers": 2, "zero_stage": 1}}
+    asked = of_distillation(tmp_path)
     second = cluster.add_node(num_cpus=1)
 
     def lose(_: Any) -> None:
@@ -97,7 +110,7 @@ def test_a_distillation_that_loses_a_node(cluster: Cluster, tmp_path: Path) -> N
 
 def test_a_search_that_loses_a_process_and_a_node(cluster: Cluster, tmp_path: Path) -> None:
     """No trial is lost with them."""
-    asked = family(tmp_path, space=PER_EXPERT, trials=30, searcher="random", concurrent=2)
+    asked = of_search(tmp_path)
     second = cluster.add_node(num_cpus=1)
 
     def lose(process: Any) -> None:
@@ -112,3 +125,43 @@ def test_a_search_that_loses_a_process_and_a_node(cluster: Cluster, tmp_path: Pa
     expected = pq.read_table(tmp_path / "expected" / "trials.parquet").to_pylist()
     reached = {row["settings.coefficient[a]"]: row["mean_score"] for row in rows}
     assert reached == {row["settings.coefficient[a]"]: row["mean_score"] for row in expected}
+
+
+def test_a_slow_node(cluster: Cluster, tmp_path: Path) -> None:
+    """It is given less to do, and what it does is right."""
+    slow, noted = raylet_of(cluster.add_node(num_cpus=1)), tmp_path / "nodes"
+    waits = f'open("{noted}", "a").write(f"{{os.getppid()}}\\n"); time.sleep(2 if os.getppid() == {slow} else 0.1)'
+    asked = of_merge(tmp_path, blocks=6, sleep=waits)
+    run_until(asked, tmp_path, cluster, noted.is_file, lambda _: None)
+    merged_by = noted.read_text().split()
+    assert 0 < merged_by.count(str(slow)) < len(merged_by) / 4
+    api.merge({**asked, "method": "linear", "settings": {}}, tmp_path / "expected", local=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    ("make", "begun"),
+    [
+        (of_merge, lambda out: len(list(out.glob("*.safetensors"))) >= 2),
+        (of_distillation, lambda out: (out / "raymerge" / "units" / "encoder.layer.0.json").is_file()),
+        (of_search, lambda out: num_told(out) >= 3),
+    ],
+    ids=["merge", "distillation", "search"],
+)
+def test_a_driver_that_is_lost(
+    make: Callable[[Path], Any], begun: Callable[[Path], bool], cluster: Cluster, tmp_path: Path
+) -> None:
+    """The cluster is free again, and the same command goes on there to the same end."""
+    cluster.add_node(num_cpus=1)
+    asked = make(tmp_path)
+    verb = "search" if "search" in asked else "merge"
+    (tmp_path / "recipe.yml").write_text(json.dumps(asked))
+    with started(verb, "recipe.yml", "out", cwd=tmp_path, RAY_ADDRESS=cluster.address) as process:
+        wait(lambda: begun(tmp_path / "out.partial"), process, seconds=200)
+        process.kill()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "fast").write_text("")
+    for out in ("out", "expected"):
+        again = raymerge(verb, "recipe.yml", out, cwd=tmp_path, RAY_ADDRESS=cluster.address)
+        assert again.returncode == 0, again.stderr
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
