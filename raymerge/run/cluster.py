@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any, TypeVar
@@ -45,17 +46,27 @@ def connect() -> None:
         if os.environ.get("RAY_ADDRESS") or _is_on_a_cluster():
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
             return
-        # As Ray does by itself on a Mac: its processes listen on loopback, not on every address of this machine.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
     except (ConnectionError, RuntimeError, OSError, ValueError) as problem:
         raise RayMergeError(f"Ray could not be reached or started: {problem}") from None
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray started within listens on loopback, not on every address of this machine: as by itself on a Mac."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _is_on_a_cluster() -> bool:

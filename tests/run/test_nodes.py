@@ -13,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from command import descendants, raymerge, started, wait
+from head import LOOPBACK
 from ray.cluster_utils import Cluster
 from run.test_resume import SLOW
 from run.test_search import PER_EXPERT, family, num_told
@@ -28,8 +29,9 @@ UNITS = "out.partial/raymerge/units"
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head with one CPU; the test adds nodes."""
+def cluster(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with one CPU; the test adds nodes. They listen where the Ray of this process does: on loopback."""
+    monkeypatch.setenv(LOOPBACK, "0")
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         yield found
