@@ -1,5 +1,6 @@
 """A group of Ray Train workers that distils together; Ray restarts the group when one is lost."""
 
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -16,23 +17,40 @@ from raymerge.errors import RayMergeError
 from raymerge.recipe.schema import Compute
 from raymerge.run.distill import DistillJob, UnitProgress, distill
 
-MAX_FAILURES = 3
+logger = logging.getLogger("raymerge")
+
+MAX_LOSSES = 3
 
 
 def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str | None = None) -> None:
     """Run `distill` on so many workers, all on the node of that id if one is given.
 
-    The mailbox `box` gets the progress of rank 0, and from every rank its peak memory in bytes.
+    The mailbox `box` gets the progress of rank 0, and from every rank its peak memory in bytes. A group that loses a
+    worker is started anew, and goes on from the last finished block.
 
     Raises what a worker raises, or RayMergeError if workers are lost more than three times.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    for losses in range(1, MAX_LOSSES + 2):
+        try:
+            _fit(job, workers, compute, box, node)
+            return
+        except ray.train.TrainingFailedError as problem:
+            # It would be raised again, which is why Ray Train itself is not asked to start a group anew.
+            if (cause := _raised_by_us(problem)) is not None:
+                raise cause from None
+            if losses > MAX_LOSSES:
+                raise RayMergeError(f"distillation: workers were lost {losses} times, at last: {problem}") from None
+            logger.warning(f"a worker was lost ({losses} of at most {MAX_LOSSES} times): its group is started anew")
+
+
+def _fit(job: DistillJob, workers: int, compute: Compute, box: Any, node: str | None) -> None:
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     gpus = compute.gpus_per_worker
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     with tempfile.TemporaryDirectory(prefix="raymerge-train-") as storage:
-        trainer = TorchTrainer(
+        TorchTrainer(
             _train_loop,
             train_loop_config={"job": job, "compute": compute, "box": box},
             scaling_config=ScalingConfig(
@@ -46,14 +64,9 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
             run_config=RunConfig(
                 name="distill",
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
                 worker_runtime_env={"env_vars": {} if gpus else {"DS_ACCELERATOR": "cpu"}},
             ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as problem:
-            raise _cause(problem) from None
+        ).fit()
 
 
 class _InterfaceFirst(_TorchBackend):  # type: ignore[misc]
@@ -81,15 +94,13 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _cause(problem: Exception) -> Exception:
-    """The first of our own errors that a worker raised, else what Ray says."""
+def _raised_by_us(problem: Exception) -> RayMergeError | None:
+    """The first of our own errors that a worker raised."""
     for failure in getattr(problem, "worker_failures", {}).values():
-        if isinstance(failure, RayMergeError):
-            return failure
-        cause = getattr(failure, "cause", None) or failure.__cause__
-        if isinstance(cause, RayMergeError):
-            return cause
-    return RayMergeError(f"distillation failed: {problem}")
+        for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
+            if isinstance(cause, RayMergeError):
+                return cause
+    return None
 
 
 def _train_loop(config: dict[str, Any]) -> None:
