@@ -24,6 +24,7 @@ from raymerge.checkpoint.remote import is_remote
 from raymerge.errors import RayMergeError, RecipeError, UserError
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
+from raymerge.recipe.space import candidates
 
 # Ray keeps what is sent in the memory of the head, and refuses a package of 500 MiB.
 MOST_BYTES = 400 * 2**20
@@ -134,12 +135,12 @@ def _check_place(place: str, where: str) -> None:
 
 
 def _files(recipe: Recipe) -> list[str]:
-    """The relative paths of data, and of a private method's module, that are here."""
+    """The relative paths of data, and of private methods' modules, that are here."""
     tasks = [*recipe.evaluate, *(recipe.search.evaluate if recipe.search is not None else [])]
     named = [task.data for task in tasks]
     named += [expert.calibration for expert in recipe.experts.values() if expert.calibration is not None]
-    if ":" in recipe.method:
-        module = recipe.method.partition(":")[0].partition(".")[0]
+    methods = [recipe.method, *(candidates(recipe) if recipe.search is not None else ())]
+    for module in [method.partition(":")[0].partition(".")[0] for method in methods if ":" in method]:
         named += [module, f"{module}.py"]
     return [name for name in dict.fromkeys(named) if not Path(name).is_absolute() and Path(name).exists()]
 

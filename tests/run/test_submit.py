@@ -94,6 +94,9 @@ def test_the_recipe_and_what_it_names_by_relative_paths_are_packed(place: Path) 
     tasks = [{"task": "t", "kind": "perplexity", "data": "data/rows.jsonl"}]
     change(place / "recipe.yml", method="linear", search={"evaluate": tasks})
     assert packed(place, str(place / "recipe.yml")) == ["data/more/x.jsonl", "data/rows.jsonl", "recipe.yml"]
+    space = {"method": {"choices": ["linear", "noting_method:Noting"]}}
+    change(place / "recipe.yml", search={"space": space, "evaluate": []})
+    assert packed(place) == ["data/more/x.jsonl", "noting_method.py", "recipe.yml"]
 
 
 def test_a_recipe_of_mergekit_is_packed(place: Path) -> None:
