@@ -74,13 +74,13 @@ class Suggester(Searcher):  # type: ignore[misc]
         else:
             return str(Searcher.FINISHED)
         self._running[trial_id] = number
-        return dict(self._asked[number].params)
+        found: dict[str, Any] = self._asked[number].params
+        return found
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take in what a trial reached; without a result its process was lost, and it will be begun again."""
         self.num_ended += 1
         number = self._running.pop(trial_id)
-        values = dict(self._asked[number].params)
         if error or not result:
             self._losses[number] += 1
             if self._losses[number] <= MAX_LOSSES:
@@ -90,7 +90,7 @@ class Suggester(Searcher):  # type: ignore[misc]
         names = [name for name in result if name in self._search.objective or name.startswith("score.")]
         trial = Trial(
             number=number,
-            values=values,
+            values=self._asked[number].params,
             scores={} if PROBLEM in result else {name: result[name] for name in names},
             share=result.get("share", 0.0),
             merge_seconds=result.get("merge_seconds", 0.0),
