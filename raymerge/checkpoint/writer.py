@@ -81,11 +81,7 @@ def _open_file(path: Path, tensors: Layout) -> Iterator[ShardWriter]:
         sync_folder(path.parent)
     except OSError as problem:
         _discard(temporary)
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = (
-            f"{size} bytes are needed; free some space and run the same command again" if full else "check the disk"
-        )
-        raise StorageError(f"{path}: cannot be written: {problem.strerror}; {advice}") from None
+        raise _cannot_write(path, problem, f"{size} bytes are needed; ") from None
     except BaseException:
         _discard(temporary)
         raise
@@ -123,7 +119,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
     except OSError as problem:
         _discard(temporary)
-        raise StorageError(f"{path}: cannot be written: {problem.strerror}") from None
+        raise _cannot_write(path, problem) from None
+
+
+def _cannot_write(path: Path, problem: OSError, needed: str = "") -> StorageError:
+    full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = f"{needed}free some space and run the same command again" if full else "check the disk"
+    return StorageError(f"{path}: cannot be written: {problem.strerror}; {advice}")
 
 
 def _discard(temporary: Path) -> None:

@@ -1,6 +1,7 @@
 """A full disk, a limit on file sizes, a folder without permission: one readable error, and nothing that looks done."""
 
 import json
+import mmap
 import re
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 from command import COMMAND, raymerge, run
 from tiny import make_llama, recipe, weights
+
+from raymerge import api
+from raymerge.checkpoint.header import layout_bytes
+
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
@@ -22,25 +28,36 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB, or skip where this user may not mount one."""
+    """A file system of its own, or skip where this user may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+
+
 def test_a_full_disk(place: Path, small_disk: Path) -> None:
+    """Too small from the start; full on the way, for more than weights is written."""
     out = small_disk / "out"
+    needed = sum(layout_bytes(shard.layout) for shard in api.plan(str(place / "recipe.yml")).shards)
+    resize(small_disk, needed)
+    found = raymerge("merge", place / "recipe.yml", out, "--local")
+    assert found.returncode == 1 and re.search(r"GB are to be written, .* GB are free", found.stderr)
+    assert not out.exists()
+    resize(small_disk, needed + 3 * PAGE)
     found = raymerge("merge", place / "recipe.yml", out, "--local")
     assert found.returncode == 1
     assert "cannot be written: No space left on device" in found.stderr
     assert "free some space and run the same command again" in found.stderr
     assert "Traceback" not in found.stderr
     assert not out.exists()
-    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    resize(small_disk, 20 * 2**20)
     again = raymerge("merge", place / "recipe.yml", out, "--local")
     assert again.returncode == 0, again.stderr
     assert "files were there" in again.stdout
