@@ -10,7 +10,6 @@ forward and backward on our batches. DIR holds `<task>-calib.parquet` with `text
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 from raymerge.distill.engine import PlainEngine
 from raymerge.distill.student import Objective, make_student, squared_distance
 from raymerge.models.trunk import Call, Flow, Trunk
+from raymerge.plan.execute import peak_bytes
 
 Weights = dict[str, Tensor]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -148,7 +148,7 @@ def measure(form: str, shape: str, lengths: list[list[int]], device: str) -> dic
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
     return {"epoch_seconds": min(elapsed[1:]), "peak_gb": peak / 1e9}
 
 

@@ -137,6 +137,3 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert result.best.name == "prodistill" and result.best.share_kept > 0.93
     assert (result.best.path / "config.json").is_file()
     assert rows["search"].mean >= rows["task_arithmetic"].mean - 0.02
-    # Again over its own folder, to the same scores.
-    again = run_demo(tmp_path / "out", workers=1, quiet=True)
-    assert [row.scores for row in again.rows] == [row.scores for row in result.rows]

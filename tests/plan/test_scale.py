@@ -14,13 +14,13 @@ NAMES = ("base", "a", "b", "c", "d", "e", "f", "g", "h")
 FILES, BLOCKS = 112, 100
 
 PLANNED = """
-import json, resource, sys
+import json, sys
 from raymerge import api
+from raymerge.plan.execute import peak_bytes
 planned = api.plan(json.loads(sys.argv[1]))
 assert planned.digest
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 cost = planned.cost
-print(json.dumps([planned.num_tensors, cost.bytes_read, cost.bytes_written, peak]))
+print(json.dumps([planned.num_tensors, cost.bytes_read, cost.bytes_written, peak_bytes()]))
 """
 
 
@@ -51,3 +51,10 @@ def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     assert num_tensors * len(NAMES) > 100_000
     assert written == num_tensors * 2 * 2**20 and read == len(NAMES) * written
     assert peak < 1_000_000_000
+
+
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """And not that of a larger one that has started it."""
+    large = b"x" * 800_000_000
+    done = python("from raymerge.plan.execute import peak_bytes; print(peak_bytes())")
+    assert 0 < int(done.stdout) < len(large), done.stderr

@@ -25,6 +25,7 @@ from raymerge import api
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SLEEP = 'time.sleep(0 if Path("fast").exists() else self.seconds)'
+WORKER = "RayTrainWorker"
 UNITS = "out.partial/raymerge/units"
 
 
@@ -52,16 +53,16 @@ def kill(node: Any) -> None:
 
 
 def run_until(
-    asked: Any, place: Path, cluster: Cluster, reached: Callable[[], Any], then: Callable[[Any], None]
+    asked: Any, place: Path, cluster: Cluster, reached: Callable[[], Any], then: Callable[[Any], None], code: int = 0
 ) -> None:
-    """Run a recipe on the cluster; when something is reached, let something happen."""
+    """Run a recipe on the cluster; when something is reached, let something happen; the run ends with this code."""
     verb = "search" if "search" in asked else "merge"
     (place / "recipe.yml").write_text(json.dumps(asked))
     with started(verb, "recipe.yml", "out", cwd=place, RAY_ADDRESS=cluster.address) as process:
         wait(reached, process, seconds=200)
         then(process)
         _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
 
 
 def of_merge(place: Path, blocks: int = 4, sleep: str = SLEEP) -> dict[str, Any]:
@@ -69,14 +70,6 @@ def of_merge(place: Path, blocks: int = 4, sleep: str = SLEEP) -> dict[str, Any]
     (place / "slow_method.py").write_text(SLOW.replace(SLEEP, sleep))
     places = [make_llama(place / name, seed, blocks=blocks) for seed, name in enumerate(("base", "a", "b"))]
     return recipe(*places, method="slow_method:Slow", output={"shard_size": 6000}, settings={"seconds": 1.0})
-
-
-def of_distillation(place: Path) -> dict[str, Any]:
-    return {**make_family(place, epochs=30), "compute": {"workers": 2, "zero_stage": 1}}
-
-
-def of_search(place: Path) -> dict[str, Any]:
-    return family(place, space=PER_EXPERT, trials=30, searcher="random", concurrent=2)
 
 
 def test_a_merge_whose_second_node_comes_late_and_is_lost(cluster: Cluster, tmp_path: Path) -> None:
@@ -95,38 +88,66 @@ def test_a_merge_whose_second_node_comes_late_and_is_lost(cluster: Cluster, tmp_
     assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
-def test_a_distillation_that_loses_a_node(cluster: Cluster, tmp_path: Path) -> None:
-    """Its two workers stand on different nodes; the group begins anew, from the last finished block, on a third."""
-    asked = of_distillation(tmp_path)
+def test_a_distillation_that_loses_a_worker_its_driver_and_a_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Two workers on two nodes; the group begins anew each time, from the last finished block."""
     second = cluster.add_node(num_cpus=1)
+    asked = {**make_family(tmp_path, epochs=30), "compute": {"workers": 2, "zero_stage": 2}}
+    first_unit, second_unit = (tmp_path / UNITS / f"encoder.layer.{block}.json" for block in (0, 1))
 
-    def lose(_: Any) -> None:
+    def lose_a_worker(process: Any) -> None:
+        descendants(raylet_of(cluster.head_node), WORKER)[0].kill()
+        wait(second_unit.is_file, process, seconds=200)
+        process.kill()
+
+    def lose_a_node(_: Any) -> None:
         cluster.add_node(num_cpus=1)
         kill(second)
 
-    run_until(asked, tmp_path, cluster, (tmp_path / UNITS / "encoder.layer.0.json").is_file, lose)
+    run_until(asked, tmp_path, cluster, first_unit.is_file, lose_a_worker, -signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    run_until(asked, tmp_path, cluster, lambda: descendants(raylet_of(second), WORKER), lose_a_node)
     again = raymerge("merge", "recipe.yml", "expected", cwd=tmp_path, RAY_ADDRESS=cluster.address)
     assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
-def test_a_search_that_loses_a_process_and_a_node(cluster: Cluster, tmp_path: Path) -> None:
-    """No trial is lost with them."""
-    asked = of_search(tmp_path)
+def test_a_search_that_loses_a_process_a_node_and_its_driver(cluster: Cluster, tmp_path: Path) -> None:
+    """It ends with the trials of one that was not disturbed."""
     second = cluster.add_node(num_cpus=1)
+    asked = family(tmp_path, space=PER_EXPERT, trials=60, searcher="random", concurrent=2)
+    partial = tmp_path / "out.partial"
 
-    def lose(process: Any) -> None:
+    def lose_all(process: Any) -> None:
         descendants(raylet_of(cluster.head_node), "ImplicitFunc")[0].kill()
         kill(second)
+        wait(lambda: num_told(partial) >= 10, process, seconds=200)
+        process.kill()
 
-    run_until(asked, tmp_path, cluster, lambda: num_told(tmp_path / "out.partial") >= 3, lose)
-    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
-    assert len(rows) == 30 and all(row["error"] is None for row in rows)
-    again = raymerge("search", "recipe.yml", "expected", cwd=tmp_path, RAY_ADDRESS=cluster.address)
+    run_until(asked, tmp_path, cluster, lambda: num_told(partial) >= 3, lose_all, -signal.SIGKILL)
+    assert num_told(partial) < 60 and not (tmp_path / "out").exists()
+    for out in ("out", "expected"):
+        again = raymerge("search", "recipe.yml", out, cwd=tmp_path, RAY_ADDRESS=cluster.address)
+        assert again.returncode == 0, again.stderr
+    tables = [pq.read_table(tmp_path / out / "trials.parquet").to_pylist() for out in ("out", "expected")]
+    found, expected = ([(r["trial"], r["settings.coefficient[a]"], r["mean_score"]) for r in rows] for rows in tables)
+    assert found == expected and len(found) == 60 and not any(row["error"] for row in tables[0])
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def test_a_merge_that_loses_its_driver(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    asked = of_merge(tmp_path)
+
+    def begun() -> bool:
+        return len(list((tmp_path / "out.partial").glob("*.safetensors"))) >= 2
+
+    run_until(asked, tmp_path, cluster, begun, lambda process: process.kill(), -signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "fast").write_text("")
+    again = raymerge("merge", "recipe.yml", "out", cwd=tmp_path, RAY_ADDRESS=cluster.address)
     assert again.returncode == 0, again.stderr
-    expected = pq.read_table(tmp_path / "expected" / "trials.parquet").to_pylist()
-    reached = {row["settings.coefficient[a]"]: row["mean_score"] for row in rows}
-    assert reached == {row["settings.coefficient[a]"]: row["mean_score"] for row in expected}
+    api.merge({**asked, "method": "linear", "settings": {}}, tmp_path / "expected", local=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
 def test_a_slow_node(cluster: Cluster, tmp_path: Path) -> None:
@@ -138,32 +159,4 @@ def test_a_slow_node(cluster: Cluster, tmp_path: Path) -> None:
     merged_by = noted.read_text().split()
     assert 0 < merged_by.count(str(slow)) < len(merged_by) / 4
     api.merge({**asked, "method": "linear", "settings": {}}, tmp_path / "expected", local=True)
-    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
-
-
-@pytest.mark.parametrize(
-    ("make", "begun"),
-    [
-        (of_merge, lambda out: len(list(out.glob("*.safetensors"))) >= 2),
-        (of_distillation, lambda out: (out / "raymerge" / "units" / "encoder.layer.0.json").is_file()),
-        (of_search, lambda out: num_told(out) >= 3),
-    ],
-    ids=["merge", "distillation", "search"],
-)
-def test_a_driver_that_is_lost(
-    make: Callable[[Path], Any], begun: Callable[[Path], bool], cluster: Cluster, tmp_path: Path
-) -> None:
-    """The cluster is free again, and the same command goes on there to the same end."""
-    cluster.add_node(num_cpus=1)
-    asked = make(tmp_path)
-    verb = "search" if "search" in asked else "merge"
-    (tmp_path / "recipe.yml").write_text(json.dumps(asked))
-    with started(verb, "recipe.yml", "out", cwd=tmp_path, RAY_ADDRESS=cluster.address) as process:
-        wait(lambda: begun(tmp_path / "out.partial"), process, seconds=200)
-        process.kill()
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "fast").write_text("")
-    for out in ("out", "expected"):
-        again = raymerge(verb, "recipe.yml", out, cwd=tmp_path, RAY_ADDRESS=cluster.address)
-        assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "out") == weights(tmp_path / "expected")

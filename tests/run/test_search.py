@@ -1,6 +1,5 @@
 """A search end to end on small classifiers: its trials are merges, its best is a recipe, killed it goes on."""
 
-import json
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from command import raymerge, started, wait
 from samples import make_family
 from tiny import load, make_bert, make_llama, weights
 from tiny import recipe as plain
@@ -300,29 +298,3 @@ def test_distillations_as_trials_and_bad_ones_stopped(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
     assert all(isinstance(row["settings.epochs"], int) and 1 <= row["settings.epochs"] <= 3 for row in rows)
     assert any(row["share_of_rows"] == 1.0 for row in rows)
-
-
-def trials_of(out: Path) -> list[tuple[int, float, float]]:
-    """Number, first coefficient and score of each."""
-    rows = pq.read_table(out / "trials.parquet").to_pylist()
-    return [(row["trial"], row["settings.coefficient[a]"], row["mean_score"]) for row in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_killed_search_goes_on(tmp_path: Path) -> None:
-    """And ends as one that was not disturbed."""
-    asked = family(tmp_path, space=PER_EXPERT, trials=80, searcher="tpe")
-    (tmp_path / "recipe.yml").write_text(json.dumps(asked))
-    with started("search", "recipe.yml", "out", cwd=tmp_path) as process:
-        wait(lambda: num_told(tmp_path / "out.partial") >= 3, process, seconds=120)
-        process.kill()
-        process.wait()
-    assert num_told(tmp_path / "out.partial") < 80 and not (tmp_path / "out").exists()
-    again = raymerge("search", "recipe.yml", "out", "--json", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["num_trials"] == 80
-    undisturbed = raymerge("search", "recipe.yml", "undisturbed", cwd=tmp_path)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert trials_of(tmp_path / "out") == trials_of(tmp_path / "undisturbed")
-    assert weights(tmp_path / "out" / "merged") == weights(tmp_path / "undisturbed" / "merged")
