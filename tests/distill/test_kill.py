@@ -1,4 +1,4 @@
-"""Killed outright, a distillation is taken up again, and gives the bytes of one that was not. Workers: test_nodes.py."""
+"""Killed outright, a distillation goes on and gives the bytes of one that was not. Its workers: test_nodes.py."""
 
 import json
 import signal
