@@ -49,13 +49,15 @@ def main() -> None:
     folder = arguments.folder.absolute()
     merging, needed = of_merge(folder, arguments.size)
     distilling = of_distillation(folder, arguments.epochs)
-    rows = []
+    with cluster_of((1,)) as address:
+        # So that what follows reads from memory, all of it alike.
+        run({**merging, "compute": {"workers": 1}}, folder, address)
+    rows: list[dict[str, Any]] = []
     for job, recipe, least in (("merge", merging, needed), ("distillation", distilling, None)):
         alone: float | None = None
         for where, (workers, nodes) in LAYOUTS.items():
             asked = {**recipe, "compute": {"workers": workers, **({"zero_stage": 1} if job == "distillation" else {})}}
             with cluster_of(nodes) as address:
-                run(asked, folder, address)
                 facts = run(asked, folder, address)
                 lost = run(asked, folder, address, kill_after=facts["elapsed_seconds"] / 2)
             seconds = seconds_of(facts)
