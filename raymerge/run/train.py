@@ -1,4 +1,4 @@
-"""A group of Ray Train workers that distils together; Ray restarts the group when one is lost."""
+"""A group of Ray Train workers that distils together; one that loses a worker is started anew."""
 
 import logging
 import os

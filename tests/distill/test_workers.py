@@ -57,7 +57,7 @@ def test_stage_two_and_the_same_bits_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload(tmp_path: Path, stage: int) -> None:
     compare(tmp_path, {"workers": 2, "zero_stage": stage, "offload": True})
 
