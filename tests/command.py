@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+HANGS_SECONDS = 400
 COMMAND = (sys.executable, "-c", "from raymerge.cli import main; main()")
 
 
@@ -33,7 +34,7 @@ def python(text: str, *arguments: str | Path, cwd: Path | None = None, **more: s
 
 def run(command: list[str], *, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from raymerge.checkpoint.header import Entry, Headers, header_length
 from raymerge.checkpoint.location import Location, resolve
-from raymerge.checkpoint.remote import open_filesystem, persist
 from raymerge.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -126,18 +125,13 @@ def _read_header(location: Location, name: str, size: int) -> tuple[bytes, bytes
 def _read_remote_header(location: Location, name: str, size: int) -> tuple[bytes, bytes]:
     """Read a header on object storage by byte range; and the file's modification time."""
     where = f"{location}/{name}"
-    filesystem, root = open_filesystem(location.path)
-
-    def request() -> tuple[bytes, bytes]:
-        stamp = str(filesystem.get_file_info(f"{root}/{name}").mtime_ns).encode()
-        with filesystem.open_input_file(f"{root}/{name}") as file:
-            first = bytes(file.read_at(8, 0))
-            return bytes(file.read_at(header_length(first, size, where), 8)), stamp
-
+    file = location.ranged(name)
     try:
-        return persist(request)
+        return file.read(8, header_length(file.read(0, 8), size, where)), str(file.stamp[1]).encode()
     except OSError as problem:
         raise CheckpointError(f"{where}: cannot be read: {problem}") from None
+    finally:
+        file.close()
 
 
 def _read_hub_header(location: Location, name: str, size: int) -> bytes:

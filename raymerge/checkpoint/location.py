@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from raymerge.checkpoint.remote import fetch, is_remote, list_files
+from raymerge.checkpoint.ranges import RangedFile
+from raymerge.checkpoint.remote import Stamp, fetch, is_remote, list_files
 from raymerge.errors import CheckpointError
 
 
@@ -40,6 +41,13 @@ class Location:
         if self.is_hub:
             return dict(_hub_files(self))
         return {entry.name: entry.stat().st_size for entry in sorted(Path(self.path).iterdir()) if entry.is_file()}
+
+    def ranged(self, name: str) -> RangedFile:
+        """A file on object storage, of which ranges are to be read. Raises CheckpointError if there is none."""
+        files = _remote_files(self.path)
+        if name not in files:
+            raise CheckpointError(f"{self}/{name}: no such file; is the checkpoint complete?")
+        return RangedFile(self.path, name, files[name])
 
     def local_path(self, name: str) -> Path:
         """A local file with the contents of `name`; from the hub or object storage if it is not in the cache.
@@ -78,11 +86,11 @@ class Location:
 
 
 @lru_cache(maxsize=256)
-def _remote_files(uri: str) -> dict[str, tuple[int, int]]:
+def _remote_files(uri: str) -> dict[str, Stamp]:
     return list_files(uri)
 
 
-def _remote_stamp(uri: str) -> tuple[int, int]:
+def _remote_stamp(uri: str) -> Stamp:
     """Changes when any file at a place does."""
     files = _remote_files(uri).values()
     return sum(size for size, _ in files), max(changed for _, changed in files)

@@ -1,7 +1,7 @@
 """Read ranges of tensors into memory: no memory maps, so a process holds what it asked for and no more."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.location import Location
-from raymerge.checkpoint.remote import RemoteFile
+from raymerge.checkpoint.ranges import StreamedFile
 from raymerge.errors import StorageError
 
 # The largest exponent means infinity or NaN: sign-less bits at or above this, by dtype.
@@ -36,6 +36,11 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.start + prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 class Reader:
     """The open files of some checkpoints, numbered as `StoredTensor.model` says; for one thread."""
@@ -44,9 +49,15 @@ class Reader:
         self._locations = locations
         self._files: dict[tuple[int, str], int] = {}
         # One of each model: what has been read ahead is held.
-        self._remote: dict[int, RemoteFile] = {}
+        self._remote: dict[int, StreamedFile] = {}
         self._pool: ThreadPoolExecutor | None = None
         self.bytes_read = 0
+
+    def expect(self, tensors: Iterable[StoredTensor]) -> None:
+        """Begin to fetch tensors, one of each model, that are read next, from their first entries on."""
+        for tensor in tensors:
+            if self._locations[tensor.model].is_remote and tensor.end > tensor.start:
+                self._open_remote(tensor).expect(tensor.start, tensor.end)
 
     def read(self, tensor: StoredTensor, first: int, count: int) -> Tensor:
         """`count` entries of a tensor from entry `first` on, flat, in the stored dtype.
@@ -81,16 +92,15 @@ class Reader:
     def _read_some(self, buffer: memoryview, tensor: StoredTensor, offset: int) -> int:
         if not self._locations[tensor.model].is_remote:
             return os.preadv(self._open(tensor), [buffer], offset)
-        end = tensor.start + prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-        return self._open_remote(tensor).read_into(buffer, offset, end)
+        return self._open_remote(tensor).read_into(buffer, offset, tensor.end)
 
-    def _open_remote(self, tensor: StoredTensor) -> RemoteFile:
+    def _open_remote(self, tensor: StoredTensor) -> StreamedFile:
         found = self._remote.get(tensor.model)
         if found is None or found.name != tensor.file:
             if found is not None:
                 found.close()
             self._pool = self._pool or ThreadPoolExecutor(len(self._locations))
-            found = RemoteFile(self._locations[tensor.model].path, tensor.file, self._pool)
+            found = StreamedFile(self._locations[tensor.model].ranged(tensor.file), self._pool)
             self._remote[tensor.model] = found
         return found
 

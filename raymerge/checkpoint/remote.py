@@ -1,4 +1,4 @@
-"""Files on object storage (`s3://`, `gs://`) through pyarrow.fs: listed, fetched whole, or read by byte ranges.
+"""Files on object storage (`s3://`, `gs://`) through pyarrow.fs: listed, or fetched whole.
 
 Credentials, region and endpoint come from the usual environment variables. Requests that fail are tried again with
 growing pauses.
@@ -8,16 +8,18 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raymerge.errors import CheckpointError, StorageError
+from raymerge.errors import CheckpointError
 
 Result = TypeVar("Result")
 
-# A request takes tens of milliseconds whatever it asks for; an open file holds two windows of this size.
+Stamp = tuple[int, int]
+"""Size in bytes and modification time in ns of a file."""
+
+# A request takes tens of milliseconds whatever it asks for; a file that is read or written holds two of this size.
 WINDOW = 8 * 2**20
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.1
@@ -49,11 +51,11 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, uri.removeprefix("s3://").rstrip("/")
 
 
-def list_files(uri: str) -> dict[str, tuple[int, int]]:
-    """Name, size in bytes and modification time in ns of the files at a place. Raises CheckpointError."""
+def list_files(uri: str) -> dict[str, Stamp]:
+    """The files at a place, by name. Raises CheckpointError."""
     from pyarrow import fs
 
-    def listed() -> dict[str, tuple[int, int]]:
+    def listed() -> dict[str, Stamp]:
         filesystem, path = open_filesystem(uri)
         found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return {
@@ -68,7 +70,7 @@ def list_files(uri: str) -> dict[str, tuple[int, int]]:
         raise CheckpointError(f"{uri}: cannot be listed: {problem}") from None
 
 
-def fetch(uri: str, name: str, stamp: tuple[int, int]) -> Path:
+def fetch(uri: str, name: str, stamp: Stamp) -> Path:
     """A local copy of a small file, kept in `~/.cache/raymerge` while it does not change. Raises CheckpointError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymerge"
     # A folder for each place, in which files stand as tokenizers expect them.
@@ -105,51 +107,3 @@ def persist(request: Callable[[], Result]) -> Result:
                 raise
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
-
-
-class RemoteFile:
-    """One file, read by ranges; the range after the one that was asked for is on its way meanwhile."""
-
-    def __init__(self, uri: str, name: str, pool: ThreadPoolExecutor) -> None:
-        self.name = name
-        self._where = f"{uri}/{name}"
-        filesystem, root = open_filesystem(uri)
-        self._file = persist(lambda: filesystem.open_input_file(f"{root}/{name}"))
-        self._pool = pool
-        self._start = 0
-        self._held = b""
-        self._coming: tuple[int, Future[bytes]] | None = None
-
-    def read_into(self, buffer: memoryview, offset: int, end: int) -> int:
-        """Fill a buffer from an offset on; nothing at or after `end` is asked for. Returns the bytes it got.
-
-        Raises StorageError if the file cannot be read.
-        """
-        if not self._start <= offset < self._start + len(self._held):
-            self._advance(offset, end, len(buffer))
-        first = offset - self._start
-        part = memoryview(self._held)[first : first + len(buffer)]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _advance(self, offset: int, end: int, wanted: int) -> None:
-        size = min(max(WINDOW, wanted), end - offset)
-        try:
-            if self._coming is not None and self._coming[0] == offset:
-                held = self._coming[1].result()
-            else:
-                held = self._request(offset, size)
-        except OSError as problem:
-            raise StorageError(f"{self._where}: cannot be read: {problem}") from None
-        self._start, self._held = offset, held
-        after = offset + len(held)
-        self._coming = None
-        if held and after < end:
-            self._coming = (after, self._pool.submit(self._request, after, min(WINDOW, end - after)))
-
-    def _request(self, offset: int, size: int) -> bytes:
-        found: bytes = persist(lambda: self._file.read_at(size, offset))
-        return found

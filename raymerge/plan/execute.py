@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -133,6 +133,7 @@ class _Stream:
         self._unit = method.unit(tensor.shape)
         chunk = CHUNK if job.device == "cpu" else CHUNK_ON_GPU
         self._step = max(self._unit, chunk // self._unit * self._unit)
+        expect(reader, tensor.sources)
         self._held = [read_source(reader, source, 0, self._size) for source in tensor.sources] if tensor.held else None
 
     def chunks(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
@@ -227,6 +228,11 @@ def _copy(tensor: PlannedTensor, reader: Reader, writer: TensorWriter) -> None:
 def _non_finite(reader: Reader, source: Source) -> str:
     places = ", ".join(reader.where(tensor) for tensor in source.tensors)
     return f"{places}: holds NaN or infinity; repair or leave out this checkpoint"
+
+
+def expect(reader: Reader, sources: Iterable[Source]) -> None:
+    """Begin to fetch sources that are read next, all at once; aligned ones begin at rows that are not known here."""
+    reader.expect(source.tensors[0] for source in sources if source.rows is None)
 
 
 def read_source(reader: Reader, source: Source, first: int, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.reader import Reader
 from raymerge.distill.student import Weights
 from raymerge.models.trunk import Trunk
-from raymerge.plan.execute import CHUNK, read_source
+from raymerge.plan.execute import CHUNK, expect, read_source
 from raymerge.plan.schema import Plan, PlannedTensor, Source
 
 Entries = Callable[[Sequence[Tensor]], Tensor]
@@ -116,6 +116,7 @@ class PlanWeights:
     def _fill(self, tensor: PlannedTensor, entries: Entries) -> Tensor:
         """A tensor computed chunk by chunk from base and experts."""
         found = torch.empty(tensor.num_elements)
+        expect(self._reader, tensor.sources)
         for first in range(0, tensor.num_elements, CHUNK):
             count = min(CHUNK, tensor.num_elements - first)
             parts = [read_source(self._reader, source, first, count).to(torch.float32) for source in tensor.sources]

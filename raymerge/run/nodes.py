@@ -43,6 +43,13 @@ def look_around(shared: Shared) -> dict[str, frozenset[InputFile]]:
     return found
 
 
+def memory_share(num_cpus: float) -> int:
+    """Bytes of this node's memory that go with so many of its CPUs."""
+    here = ray.get_runtime_context().get_node_id()
+    room = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return int(room["memory"] * min(1, num_cpus / room["CPU"]))
+
+
 def _probe(shared: Shared) -> frozenset[InputFile]:
     shared.require_here()
     return shared.held_here()

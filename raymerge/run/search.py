@@ -13,6 +13,7 @@ import torch
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
+from raymerge.checkpoint.kept import KEPT
 from raymerge.checkpoint.place import OutputPath
 from raymerge.errors import RayMergeError
 from raymerge.recipe.schema import Recipe, Search
@@ -20,7 +21,7 @@ from raymerge.recipe.space import Axis, trial_recipe
 from raymerge.run.cluster import connect
 from raymerge.run.journal import Journal, Trial
 from raymerge.run.merge import Progress
-from raymerge.run.nodes import look_around
+from raymerge.run.nodes import look_around, memory_share
 from raymerge.run.shared import Shared
 from raymerge.run.suggest import PROBLEM, Suggester
 from raymerge.run.trial import Bench
@@ -107,8 +108,9 @@ def _fit(job: SearchJob, suggester: Suggester, count: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _bench(device: str) -> Bench:
-    """What the trials of this process share."""
+def _bench(device: str, num_cpus: float) -> Bench:
+    """What the trials of this process share; half of the memory that is theirs may hold what they read."""
+    KEPT.make_room(memory_share(num_cpus) // 2)
     return Bench(device)
 
 
@@ -125,9 +127,8 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
 def _examine(config: dict[str, Any], job: SearchJob) -> None:
     torch.set_num_threads(max(1, int(job.search.cpus_per_trial)))
     recipe = trial_recipe(job.recipe, job.axes, config)
-    models, merge_seconds = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu").merge(
-        recipe, job.examiner.experts
-    )
+    bench = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu", job.search.cpus_per_trial)
+    models, merge_seconds = bench.merge(recipe, job.examiner.experts)
     evaluating = time.perf_counter()
     for found in job.examiner.examine(models):
         tune.report(

@@ -1,7 +1,8 @@
 """Merge in memory and measure, again and again: what a trial of a search does instead of writing a checkpoint.
 
-Base and experts are read from where they lie, which after the first trial is the page cache; the models that are
-measured are built once, and filled with each trial's tensors. Models of several experts share one trunk.
+Base and experts are read from where they lie, which after the first trial is memory: the page cache, or for object
+storage what the process keeps. The models that are measured are built once, and filled with each trial's tensors;
+those of several experts share one trunk.
 """
 
 import tempfile

@@ -7,8 +7,10 @@ from storage import Storage
 from tiny import make_llama, recipe, weights
 
 from raymerge import api
-from raymerge.checkpoint import remote
+from raymerge.checkpoint import ranges
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.checkpoint.kept import Kept
+from raymerge.checkpoint.remote import open_filesystem
 from raymerge.errors import CheckpointError, StorageError
 
 pytest.importorskip("moto")
@@ -22,12 +24,12 @@ def family(folder: Path, storage: Storage) -> tuple[list[str], list[str]]:
     return local, [storage.upload(Path(place), Path(place).name) for place in local]
 
 
-@pytest.mark.parametrize("window", [1000, remote.WINDOW])
+@pytest.mark.parametrize("window", [1000, ranges.WINDOW])
 @pytest.mark.parametrize("method", ["task_arithmetic", "model_stock"])
 def test_the_same_bytes_as_from_folders(
     method: str, window: int, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "WINDOW", window)
+    monkeypatch.setattr(ranges, "WINDOW", window)
     local, there = family(tmp_path, storage)
     api.merge(recipe(*map(Path, local), method=method), tmp_path / "expected", local=True)
     asked = {**recipe(*map(Path, local), method=method), "base": there[0]}
@@ -62,13 +64,39 @@ def test_places_that_are_not_there(storage: Storage, tmp_path: Path) -> None:
         open_checkpoint("ftp://host/x")
 
 
+def test_what_is_kept_is_not_asked_for_again(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    monkeypatch.setattr(ranges, "KEPT", kept)
+    local, there = family(tmp_path, storage)
+    asked = recipe(*map(Path, local), method="task_arithmetic")
+    asked |= {"base": there[0], "experts": dict(zip(asked["experts"], there[1:], strict=True))}
+
+    def bytes_read() -> int:
+        storage.served.clear()
+        api.merge(asked, tmp_path / "out", local=True, overwrite=True)
+        return storage.bytes_served("/model.safetensors")
+
+    everything = bytes_read()
+    kept.make_room(everything // 3)
+    assert bytes_read() == everything
+    assert 2 * everything / 3 <= bytes_read() < everything
+    kept.make_room(everything)
+    assert bytes_read() == everything
+    assert bytes_read() == 0
+    # A file of the same size that is another is read.
+    before = weights(tmp_path / "out")
+    storage.upload(make_llama(tmp_path / "another", seed=9, blocks=2), "b")
+    assert 0 < bytes_read() < everything
+    assert weights(tmp_path / "out") != before
+
+
 def test_a_file_that_goes_away_is_an_error(storage: Storage, tmp_path: Path) -> None:
     local, there = family(tmp_path, storage)
     asked = recipe(*map(Path, local), method="task_arithmetic")
     asked = {**asked, "base": there[0], "experts": dict(zip(asked["experts"], there[1:], strict=True))}
 
     def remove(*_: object) -> None:
-        filesystem, _path = remote.open_filesystem(there[1])
+        filesystem, _path = open_filesystem(there[1])
         filesystem.delete_dir_contents("models/a")
 
     asked["output"] = {"shard_size": 6000}

@@ -146,10 +146,14 @@ def test_a_search(storage: Storage, tmp_path: Path) -> None:
     for task in (*asked["evaluate"], *asked["search"]["evaluate"]):
         task["data"] = f"{data}/{Path(task['data']).name}"
     (tmp_path / "recipe.json").write_text(json.dumps(asked))
+    weights_of_a = (tmp_path / "a" / "model.safetensors").stat().st_size
+    storage.served.clear()
     storage.fail_every = 10
     ended = command.raymerge("search", "recipe.json", OUT, "--json", cwd=tmp_path)
     storage.fail_every = 0
     assert ended.returncode == 0, ended.stderr
+    # By all trials together, by the best one's merge and its report, and as an expert; nine times if by each trial.
+    assert storage.bytes_served("/models/a/model.safetensors") < 6 * weights_of_a
     found = json.loads(ended.stdout)
     copy = storage.download(OUT, tmp_path / "copy")
     rows = pq.read_table(copy / "trials.parquet").to_pylist()
