@@ -60,7 +60,7 @@ def started(*arguments: str, cwd: Path, **more: str) -> Iterator[subprocess.Pope
                 one.kill()
 
 
-def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> None:
     """Return when the condition holds; fail if the process has ended, or the time is over."""
     end = time.monotonic() + seconds
     while not condition():
