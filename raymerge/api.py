@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from raymerge.checkpoint.header import layout_bytes
+from raymerge.checkpoint.model_folder import RECIPE
 from raymerge.checkpoint.place import OutputPath, RemotePath, output_path
 from raymerge.checkpoint.remote_workspace import open_remote_workspace
-from raymerge.checkpoint.workspace import Workspace, open_workspace
+from raymerge.checkpoint.workspace import Workspace, is_whole, open_workspace
 from raymerge.checkpoint.writer import write_text
 from raymerge.errors import RecipeError, StorageError, UserError
 from raymerge.plan.build import build_plan
@@ -27,7 +28,7 @@ from raymerge.plan.memory import parse_bytes
 from raymerge.plan.schema import Plan
 from raymerge.plan.units import discard_units, read_fits
 from raymerge.recipe.load import load_recipe
-from raymerge.recipe.schema import Recipe
+from raymerge.recipe.schema import Recipe, absolute_folder
 from raymerge.report.facts import EVALUATION, write_facts
 from raymerge.run.merge import Progress, run_plan, silent
 from raymerge.run.pool import LocalPool, Pool
@@ -115,6 +116,7 @@ def merge(
     target = output_path(out)
     with _open(target, planned.digest, overwrite) as workspace:
         if workspace.finished:
+            discard_units(workspace.out)
             return MergeResult(
                 out=workspace.out,
                 plan=planned,
@@ -122,7 +124,11 @@ def merge(
                 peak_bytes=0,
                 shards_resumed=len(planned.shards),
             )
-        todo = [number for number in range(len(planned.shards)) if not _is_whole(planned, number, workspace)]
+        todo = [
+            number
+            for number, shard in enumerate(planned.shards)
+            if not is_whole(workspace.folder / shard.file, layout_bytes(shard.layout))
+        ]
         resumed = len(planned.shards) - len(todo)
         _check_space(planned, todo, workspace.folder)
         pool = _pool(planned, workspace.folder, loaded, local)
@@ -145,8 +151,8 @@ def merge(
             peak_bytes=peak,
             resumed=resumed,
         )
-        discard_units(workspace.folder)
         workspace.publish()
+        discard_units(workspace.out)
     return MergeResult(
         out=workspace.out, plan=planned, elapsed_seconds=elapsed, peak_bytes=peak, shards_resumed=resumed
     )
@@ -188,12 +194,14 @@ def search(
         raise RecipeError("search: missing; say what is searched, at least the tasks under search.evaluate")
     asked, found = loaded.search, axes(loaded)
     check_search(loaded, asked)
-    planned, *_ = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
+    plans = [_plan(one, weightless=False) for one in first_recipes(loaded, found)]
+    planned = plans[0]
     # Says what it cannot search before anything is written.
     make_sampler(loaded, found)
     target = output_path(out)
-    with _open(target, search_digest(planned, loaded, task_hashes(loaded)), overwrite) as workspace:
+    with _open(target, search_digest(plans, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
+            Journal(workspace.out).discard()
             return SearchResult(out=workspace.out, facts=read_search(workspace.out))
         examiner = make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model]))
         shared = Shared(folder=None, locations=planned.locations)
@@ -216,8 +224,8 @@ def search(
         if isinstance(merged, RemotePath):
             merged.copy_small(workspace.staging / "merged")
         write_report(workspace.staging, workspace.out.name)
-        Journal(workspace.folder).discard()
         workspace.publish()
+        Journal(workspace.out).discard()
     return SearchResult(out=workspace.out, facts=read_search(workspace.out))
 
 
@@ -238,7 +246,8 @@ def evaluate(
     # Tables and scikit-learn are for evaluation only; merges start faster without.
     from raymerge.evaluate.measurement import Measurement, collect_scores, measurements
 
-    jobs = measurements(str(model), load_recipe(recipe), experts)
+    # Workers stand in another folder.
+    jobs = measurements(absolute_folder(str(model)), load_recipe(recipe).anchored(), experts)
     results: Iterable[tuple[int, Score]] = enumerate(job.run() for job in jobs)
     if workers is not None and workers > 1:
         from raymerge.run.cluster import RayPool
@@ -262,6 +271,8 @@ def report(out: str | Path, *, measure: bool = True) -> OutputPath:
     from raymerge.report.page import PICTURES, write_report
 
     place = output_path(out)
+    if measure:
+        _measure_if_missing(place)
     if isinstance(place, RemotePath):
         with tempfile.TemporaryDirectory(prefix="raymerge-") as kept:
             place.copy_small(Path(kept))
@@ -269,15 +280,20 @@ def report(out: str | Path, *, measure: bool = True) -> OutputPath:
             for path in (Path(kept, "report.html"), *Path(kept, PICTURES).iterdir()):
                 (place / path.relative_to(kept).as_posix()).write_bytes(path.read_bytes())
         return place / "report.html"
-    folder = place
-    merged = folder / "merged" if (folder / "merged").is_dir() else folder
-    recipe = merged / "raymerge" / "recipe.yml"
-    if measure and recipe.is_file() and not (merged / EVALUATION).is_file() and load_recipe(recipe).evaluate:
+    return write_report(place, place.absolute().name)
+
+
+def _measure_if_missing(out: OutputPath) -> None:
+    """Measure an output's merged model on its recipe's tasks, if there are any and that was not done."""
+    merged = out / "merged" if (out / "merged" / RECIPE).is_file() else out
+    if not (merged / RECIPE).is_file() or (merged / EVALUATION).is_file():
+        return
+    recipe = load_recipe(yaml.safe_load((merged / RECIPE).read_text(encoding="utf-8")))
+    if recipe.evaluate:
         try:
-            _measure_all(merged, load_recipe(recipe))
+            _measure_all(merged, recipe)
         except UserError as problem:
             logger.warning(f"scores are not in the report: {problem}")
-    return write_report(folder, folder.absolute().name)
 
 
 def _measure_all(merged: OutputPath, recipe: Recipe) -> dict[str, Any]:
@@ -327,11 +343,6 @@ def _pool(planned: Plan, folder: OutputPath, recipe: Recipe, local: bool) -> Poo
 
     shared = Shared(folder=folder, locations=planned.locations)
     return RayPool(compute.workers, planned.cost.peak_bytes_per_worker, compute.gpus_per_worker, shared)
-
-
-def _is_whole(planned: Plan, number: int, workspace: Workspace) -> bool:
-    shard = planned.shards[number]
-    return workspace.is_whole(shard.file, layout_bytes(shard.layout))
 
 
 def _check_space(planned: Plan, todo: list[int], folder: OutputPath) -> None:

@@ -83,7 +83,7 @@ def merge(
     if not quiet:
         _log_to_terminal()
     with _progress(quiet) as progress:
-        result = verb() if local else _beside_ray(verb)
+        result = _run(verb, local)
     if quiet:
         return
     for note in result.plan.notes:
@@ -150,7 +150,7 @@ def search(
     if not quiet:
         _log_to_terminal()
     with _progress(quiet) as progress:
-        result = _beside_ray(verb)
+        result = _run(verb)
     if as_json:
         print(json.dumps(result.facts, indent=2))
     elif not quiet:
@@ -224,7 +224,7 @@ def demo(
 
         run_demo(out, workers=workers, quiet=quiet)
 
-    _beside_ray(verb)
+    _run(verb)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -267,11 +267,17 @@ def _tell(text: str) -> None:
     err_console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _beside_ray(verb: Callable[[], Result]) -> Result:
-    """Call a verb while Ray starts: both take seconds before they do anything."""
-    from raymerge.run.cluster import run_beside_start
+def _run(verb: Callable[[], Result], local: bool = False) -> Result:
+    """Call a verb, unless it is `local` while Ray starts: both take seconds before they do anything."""
+    try:
+        if local:
+            return verb()
+        from raymerge.run.cluster import run_beside_start
 
-    return run_beside_start(verb)
+        return run_beside_start(verb)
+    except KeyboardInterrupt:
+        _tell("stopped; the same command goes on from here")
+        raise
 
 
 def _log_to_terminal() -> None:
@@ -448,9 +454,6 @@ def main() -> None:
         said = f"{type(problem).__name__}: {problem}"
         err_console.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
         _leave(problem.exit_code)
-    except KeyboardInterrupt:
-        err_console.print("stopped; the same command goes on from here", style="yellow")
-        _leave(130)
 
 
 def _leave(code: int) -> NoReturn:

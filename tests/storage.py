@@ -1,4 +1,7 @@
-"""A real S3 protocol server (moto's) that counts what it serves, and fails some requests if told to."""
+"""A real S3 protocol server (moto's) that counts what it serves, and fails some requests if told to.
+
+Of `fail_every` it fails one, but several in a row: one that fails is made again at once by the client's own library.
+"""
 
 import json
 import sys
@@ -10,6 +13,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 BUCKET = "models"
+BURST = 5
 
 
 class Storage:
@@ -63,8 +67,8 @@ def run_server(host: str, port: int) -> Iterator[Storage]:
     def counted(environ: dict[str, Any], respond: Callable[..., Any]) -> Any:
         path = environ["PATH_INFO"]
         with lock:
-            seen[0] += 1
-            if storage.fail_every and seen[0] % storage.fail_every == 0:
+            seen[0] += bool(storage.fail_every)
+            if storage.fail_every and seen[0] // BURST % storage.fail_every == 0:
                 storage.failed += 1
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 respond("503 Slow Down", [("Content-Length", "0")])

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from raymerge.checkpoint.ranges import RangedFile
-from raymerge.checkpoint.remote import Stamp, fetch, is_remote, list_files
+from raymerge.checkpoint.remote import NO_CREDENTIALS, Stamp, fetch, has_credentials, is_remote, list_files
 from raymerge.errors import CheckpointError
 
 
@@ -102,6 +102,8 @@ def resolve(text: str) -> Location:
     Raises CheckpointError if it is neither.
     """
     if is_remote(text):
+        if has_credentials(text):
+            raise CheckpointError(NO_CREDENTIALS)
         if not text.startswith(("s3://", "gs://")):
             raise CheckpointError(f"{text}: s3:// or gs:// is expected, a folder, or a hub id (org/name[@revision])")
         # Asked anew for each plan, then remembered by it.

@@ -15,6 +15,8 @@ from raymerge.errors import StorageError
 
 # What experts keep for themselves, a folder each.
 HEADS = "raymerge/heads"
+# What was merged, as it was asked for.
+RECIPE = "raymerge/recipe.yml"
 
 TOKENIZER_FILES = (
     "tokenizer.json",

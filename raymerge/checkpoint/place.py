@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from raymerge.checkpoint.header import header_length, parse_header
-from raymerge.checkpoint.remote import is_remote, open_filesystem, persist
+from raymerge.checkpoint.remote import NO_CREDENTIALS, has_credentials, is_remote, open_filesystem, persist
 from raymerge.errors import RecipeError, StorageError
 
 
@@ -92,10 +92,13 @@ class RemotePath:
                 copy.write_bytes((self / name).read_bytes())
 
     @contextmanager
-    def open(self) -> Iterator[tuple[Any, str]]:
-        """The file system and the path in it; what fails within is a StorageError that names this place."""
+    def open(self, **options: int) -> Iterator[tuple[Any, str]]:
+        """The file system and the path in it; what fails within is a StorageError that names this place.
+
+        `options` are those of `open_filesystem`.
+        """
         try:
-            yield open_filesystem(self.uri)
+            yield open_filesystem(self.uri, **options)
         except (OSError, ValueError) as problem:
             raise StorageError(f"{self}: {problem}; check the place, the credentials and the network") from None
 
@@ -109,8 +112,8 @@ def output_path(text: str | Path) -> OutputPath:
         return Path(text)
     if not str(text).startswith(("s3://", "gs://")):
         raise RecipeError(f"{text}: a folder, s3:// or gs:// is expected")
-    if "@" in str(text).split("/")[2]:
-        raise RecipeError("credentials in a place would be in logs; give them in the environment")
+    if has_credentials(str(text)):
+        raise RecipeError(NO_CREDENTIALS)
     return RemotePath(str(text).rstrip("/"))
 
 

@@ -30,9 +30,21 @@ def is_remote(text: str) -> bool:
     return "://" in text
 
 
+NO_CREDENTIALS = "credentials in a place would be in logs; give them in the environment"
+
+
+def has_credentials(text: str) -> bool:
+    """A place with a user before its host, as `s3://KEY:SECRET@bucket`."""
+    return is_remote(text) and "@" in text.split("/")[2]
+
+
 @lru_cache(maxsize=64)
-def open_filesystem(uri: str) -> tuple[Any, str]:
-    """The file system of a place, and its path there. Raises OSError, ValueError for a place that cannot be."""
+def open_filesystem(uri: str, attempts: int = 2) -> tuple[Any, str]:
+    """The file system of a place, and its path there. Raises OSError, ValueError for a place that cannot be.
+
+    It makes each request so often by itself: few times where `persist` makes it again, `ATTEMPTS` for streams, of which
+    no more than the request can be made again.
+    """
     from pyarrow import fs
 
     if not uri.startswith("s3://"):
@@ -43,8 +55,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     filesystem = fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
-        # Of its own, within each of ours: it pauses longer where it is told to slow down.
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
+        # It pauses longer where it is told to slow down.
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         # A small file is one request, not an upload of parts.
         allow_delayed_open=True,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import Layout, build_header
 from raymerge.checkpoint.place import RemotePath
-from raymerge.checkpoint.remote import WINDOW
+from raymerge.checkpoint.remote import ATTEMPTS, WINDOW
 from raymerge.errors import StorageError
 
 
@@ -59,7 +59,7 @@ def open_upload(path: RemotePath, tensors: Layout) -> Iterator[UploadWriter]:
     """
     header, entries = build_header(tensors)
     size = len(header) + sum(entry.num_bytes for entry in entries)
-    with path.open() as (filesystem, name):
+    with path.open(attempts=ATTEMPTS) as (filesystem, name):
         stream = filesystem.open_output_stream(name)
         try:
             with ThreadPoolExecutor(1) as pool:

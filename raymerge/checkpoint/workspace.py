@@ -32,13 +32,6 @@ class Workspace:
     staging: Path
     finished: bool
 
-    def is_whole(self, file: str, num_bytes: int) -> bool:
-        """A file written by this or an earlier run: files appear under their names only when whole."""
-        path = self.folder / file
-        if isinstance(path, RemotePath):
-            return path.num_bytes == num_bytes
-        return path.is_file() and path.stat().st_size == num_bytes
-
     def publish(self) -> None:
         """Rename the partial folder to the output's name. Raises StorageError."""
         assert isinstance(self.out, Path)
@@ -55,6 +48,13 @@ class Workspace:
 
 
 _LOCK = ".lock"
+
+
+def is_whole(path: OutputPath, num_bytes: int) -> bool:
+    """A file of an output was written, by this or an earlier run, and to its end. Raises StorageError."""
+    if isinstance(path, RemotePath):
+        return path.num_bytes == num_bytes
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 @contextmanager

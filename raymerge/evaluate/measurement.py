@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.checkpoint.model_folder import RECIPE
 from raymerge.checkpoint.place import output_path
 from raymerge.errors import RecipeError
 from raymerge.evaluate.measure import Score, measure
@@ -44,7 +45,7 @@ def measurements(model: str, recipe: Recipe, experts: bool) -> list[Measurement]
 def _of_model(model: str, task: Task, recipe: Recipe) -> Measurement:
     if task.expert is None:
         return Measurement(model=model, task=task)
-    if (output_path(model) / "raymerge/recipe.yml").is_file():
+    if (output_path(model) / RECIPE).is_file():
         return Measurement(model=model, task=task, head=task.expert)
     if task.kind == "classification" and not has_classifier(open_checkpoint(model).config):
         return Measurement(model=model, task=task, head_from=recipe.experts[task.expert].path)

@@ -91,7 +91,7 @@ def _texts(
 ) -> tuple[Batches, int | None]:
     texts, pairs = columns[0], columns[1] if len(columns) > 1 else None
     where = f"evaluate.{task.task}"
-    rows = tokenise(load.load_tokenizer(model), network.config, texts, pairs, task.max_length, where)
+    rows = tokenise(load.load_tokenizer(model), network.config, texts, pairs, task.max_length, where, range(len(texts)))
     return Batches(list(rows.longest_first(task.batch_size)), lambda numbers: rows.pad(numbers, "cpu")), rows.pad_id
 
 
@@ -101,7 +101,7 @@ def _images(task: "Task", model: str, network: "PreTrainedModel", cells: Sequenc
 
     def read(numbers: Sequence[int]) -> dict[str, Tensor]:
         part = [cells[number] for number in numbers]
-        return {"pixel_values": to_pixels(processor, part, num_channels, place, numbers[0])}
+        return {"pixel_values": to_pixels(processor, part, num_channels, place, numbers)}
 
     rows = [range(len(cells))[first : first + task.batch_size] for first in range(0, len(cells), task.batch_size)]
     return Batches(rows, read), None

@@ -46,9 +46,15 @@ class TokenRows:
 
 
 def tokenise(
-    tokenizer: Any, config: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, where: str
+    tokenizer: Any,
+    config: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    max_length: int,
+    where: str,
+    numbers: Sequence[int],
 ) -> TokenRows:
-    """Cut texts into at most `max_length` tokens each, special tokens included.
+    """Cut texts into at most `max_length` tokens each, special tokens included; `numbers` are their rows'.
 
     Sets the config's padding token if it has none. Raises RecipeError if a row is empty, or is longer
     than the model reads.
@@ -60,7 +66,7 @@ def tokenise(
     inputs["attention_mask"] = [[1] * len(row) for row in ids]
     empty = next((row for row, tokens in enumerate(ids) if not tokens), None)
     if empty is not None:
-        raise RecipeError(f"{where}: row {empty} has no tokens: {texts[empty]!r}; a text is expected")
+        raise RecipeError(f"{where}: row {numbers[empty]} has no tokens: {texts[empty]!r}; a text is expected")
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     longest = max(map(len, ids))

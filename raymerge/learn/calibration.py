@@ -82,7 +82,7 @@ def read_batches(calibrations: Sequence[Calibration], reading: Reading) -> list[
     found = []
     for number, calibration in enumerate(calibrations):
         cells = _rows(calibration.expert, calibration.data).columns([calibration.column])[calibration.column]
-        chosen = [cells[row] for row in _choose(len(cells), calibration.expert, reading)]
+        chosen = {row: cells[row] for row in _choose(len(cells), calibration.expert, reading)}
         read = _read_images if calibration.column == "image" else _read_tokens
         found += [Batch(number, inputs) for inputs in read(chosen, calibration, reading)]
     return found
@@ -98,16 +98,16 @@ def _choose(count: int, expert: str, reading: Reading) -> list[int]:
     return sorted(chosen)
 
 
-def _read_tokens(cells: Sequence[Any], calibration: Calibration, reading: Reading) -> list[dict[str, Tensor]]:
+def _read_tokens(cells: Mapping[int, Any], calibration: Calibration, reading: Reading) -> list[dict[str, Tensor]]:
     where = f"experts.{calibration.expert}.calibration"
     if calibration.column == "input_ids":
-        ids = [list(cell)[: reading.max_length] for cell in cells]
+        ids = [list(cell)[: reading.max_length] for cell in cells.values()]
         rows = TokenRows.of_ids(ids, reading.tokenizer, reading.config)
     else:
-        texts = cells
+        texts = list(cells.values())
         if calibration.column == "messages":
-            texts = [_as_text(cell, reading.tokenizer, where) for cell in cells]
-        rows = tokenise(reading.tokenizer, reading.config, texts, None, reading.max_length, where)
+            texts = [_as_text(cell, reading.tokenizer, f"{where}: row {row}") for row, cell in cells.items()]
+        rows = tokenise(reading.tokenizer, reading.config, texts, None, reading.max_length, where, list(cells))
     batches = [rows.pad(numbers, "cpu") for numbers in rows.longest_first(reading.batch_size)]
     if getattr(reading.config, "is_encoder_decoder", False):
         # Both halves read the sample.
@@ -124,11 +124,12 @@ def _as_text(messages: Any, tokenizer: Any, where: str) -> str:
     return text
 
 
-def _read_images(cells: Sequence[Any], calibration: Calibration, reading: Reading) -> list[dict[str, Tensor]]:
+def _read_images(cells: Mapping[int, Any], calibration: Calibration, reading: Reading) -> list[dict[str, Tensor]]:
     num_channels = getattr(reading.config, "num_channels", 3)
     place = f"experts.{calibration.expert}.calibration: {calibration.data}: column 'image'"
-    size = reading.batch_size
+    numbers, size = list(cells), reading.batch_size
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     return [
-        {"pixel_values": to_pixels(reading.image_processor, cells[at : at + size], num_channels, place, at)}
-        for at in range(0, len(cells), size)
+        {"pixel_values": to_pixels(reading.image_processor, [cells[row] for row in rows], num_channels, place, rows)}
+        for rows in batches
     ]

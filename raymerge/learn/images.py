@@ -23,12 +23,12 @@ def decode_image(cell: Any, num_channels: int, where: str) -> Image.Image:
     return image.convert("L" if num_channels == 1 else "RGB")
 
 
-def to_pixels(processor: Any, cells: Sequence[Any], num_channels: int, where: str, first: int) -> Tensor:
-    """What a model reads of some cells, (B, C, H, W); `first` is the number of the first one's row.
+def to_pixels(processor: Any, cells: Sequence[Any], num_channels: int, where: str, numbers: Sequence[int]) -> Tensor:
+    """What a model reads of some cells, (B, C, H, W); `numbers` are their rows'.
 
     Raises RecipeError if one is no image, or if the processor refuses them.
     """
-    images = [decode_image(cell, num_channels, f"{where}, row {first + i}") for i, cell in enumerate(cells)]
+    images = [decode_image(cell, num_channels, f"{where}, row {row}") for row, cell in zip(numbers, cells, strict=True)]
     try:
         pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
     except ValueError as problem:

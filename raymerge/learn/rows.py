@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
-from raymerge.checkpoint.remote import is_remote, open_filesystem
+from raymerge.checkpoint.remote import ATTEMPTS, is_remote, open_filesystem
 from raymerge.errors import RecipeError, nearest
 
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson")
@@ -34,15 +34,21 @@ class Rows:
     @property
     def fingerprint(self) -> str:
         """Changes when a file, its size or its modification time does."""
-        infos = self._filesystem.get_file_info(self._files)
+        try:
+            infos = self._filesystem.get_file_info(self._files)
+        except OSError as problem:
+            raise self.error(f"cannot be read: {problem}") from None
         return ", ".join(f"{info.path} {info.size} {info.mtime_ns}" for info in infos)
 
     def file_hashes(self) -> frozenset[str]:
         """SHA-256 of each file's bytes: the same rows under another name are found."""
         found = set()
-        for path in self._files:
-            with self._filesystem.open_input_stream(path) as stream:
-                found.add(hashlib.file_digest(stream, "sha256").hexdigest())
+        try:
+            for path in self._files:
+                with self._filesystem.open_input_stream(path) as stream:
+                    found.add(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as problem:
+            raise self.error(f"cannot be read: {problem}") from None
         return frozenset(found)
 
     def require(self, wanted: Mapping[str, Fits]) -> None:
@@ -87,7 +93,7 @@ class Rows:
         """The file system, and the paths of the files there."""
         try:
             if is_remote(self.data):
-                filesystem, path = open_filesystem(self.data)
+                filesystem, path = open_filesystem(self.data, attempts=ATTEMPTS)
             else:
                 filesystem, path = pa.fs.LocalFileSystem(), str(Path(self.data).expanduser().absolute())
             info = filesystem.get_file_info(path)

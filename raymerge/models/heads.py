@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from raymerge.checkpoint.index import SINGLE, Checkpoint, open_checkpoint
-from raymerge.checkpoint.model_folder import HEADS
+from raymerge.checkpoint.model_folder import HEADS, RECIPE
 from raymerge.checkpoint.remote import is_remote
 from raymerge.errors import CheckpointError
 from raymerge.models.families import base_model_prefix
@@ -135,7 +135,7 @@ def _core(name: str, prefix: str | None) -> str:
 
 def _require_known(folder: Path, heads: Path, expert: str) -> None:
     """Tell an expert whose head was merged from a name that is wrong."""
-    recipe = folder / "raymerge" / "recipe.yml"
+    recipe = folder / RECIPE
     if not recipe.is_file():
         if heads.is_dir():
             raise CheckpointError(f"{heads}: no head of {expert!r}; there are {', '.join(sorted(_folders(heads)))}")

@@ -35,7 +35,7 @@ def finish_folder(plan: Plan, folder: Path, recipe: Mapping[str, Any], name: str
         config = read_json(model.location, "config.json", model.location.files())
         model_folder.write_json(folder / model_folder.HEADS / model.name / "config.json", config)
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    write_text(folder / "raymerge" / "recipe.yml", text)
+    write_text(folder / model_folder.RECIPE, text)
     model_folder.write_card(
         folder,
         {

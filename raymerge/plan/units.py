@@ -1,25 +1,30 @@
 """The files of a distillation: finished units as shards of the output; drafts, movements and curves beside them."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
 
-from raymerge.checkpoint.header import DTYPES
+from raymerge.checkpoint.header import DTYPES, layout_bytes
 from raymerge.checkpoint.place import OutputPath, load_tensors, remove_tree
 from raymerge.checkpoint.reader import open_reader
+from raymerge.checkpoint.workspace import is_whole
 from raymerge.checkpoint.writer import open_shard, write_tensors, write_text
 from raymerge.distill.engine import Group
 from raymerge.distill.fit import UnitFit
 from raymerge.distill.schedule import DRAFT
 from raymerge.distill.student import Weights
+from raymerge.errors import StorageError
 from raymerge.models.trunk import Trunk
 from raymerge.plan.execute import merge_shard
 from raymerge.plan.schema import Plan
 from raymerge.plan.weights import PlanWeights
 
 UNITS = "raymerge/units"
+# Longer than any network file system keeps what it has seen of a folder.
+PATIENCE_SECONDS = 180
 
 
 class PlanUnits:
@@ -37,7 +42,7 @@ class PlanUnits:
     def load(self, unit: str, names: Sequence[str]) -> Weights | None:
         """The parameters of a finished unit, as they were written; None if it is not finished."""
         shards = [self._plan.shards[number] for number in self._units.unit(unit).shards]
-        if not all((self._folder / shard.file).is_file() for shard in shards):
+        if not self._agreed(lambda: all(is_whole(self._folder / s.file, layout_bytes(s.layout)) for s in shards), unit):
             return None
         wanted = {tensor.name for tensor in self._weights.tensors_of(names)}
         stored: dict[str, Tensor] = {}
@@ -61,7 +66,7 @@ class PlanUnits:
     def draft(self, unit: str) -> Weights | None:
         """What a first fit of a unit has moved; None if there was none."""
         path = self._moved_path(f"{unit}{DRAFT}")
-        return load_tensors(path) if path.is_file() else None
+        return load_tensors(path) if self._agreed(path.is_file, unit) else None
 
     def write_draft(self, unit: str, moved: Weights, found: UnitFit) -> None:
         """Keep what a first fit of a unit has moved."""
@@ -69,6 +74,20 @@ class PlanUnits:
             self._write_facts(f"{unit}{DRAFT}", found)
             write_tensors(self._moved_path(f"{unit}{DRAFT}"), moved)
         self._group.wait()
+
+    def _agreed(self, is_there: Callable[[], bool], unit: str) -> bool:
+        """What rank 0 sees, which writes. Other machines are given time to see it too: network file systems remember
+        for up to a minute that a file was not there. Raises StorageError.
+        """
+        seen = is_there()
+        if not self._group.add_up(float(seen and self._group.rank == 0)):
+            return False
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not (seen or is_there()):
+            if time.monotonic() > end:
+                raise StorageError(f"{self._folder}: {unit} was written by another node, and this one does not see it")
+            time.sleep(1)
+        return True
 
     def _write_facts(self, unit: str, found: UnitFit) -> None:
         write_text(self._folder / UNITS / f"{unit}.json", json.dumps(asdict(found)))

@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from raymerge.checkpoint.remote import NO_CREDENTIALS, has_credentials
+
 # A setting: a number, flag or word; a list of them (a gradient over depth); or filtered values.
 Scalar = StrictBool | StrictInt | StrictFloat | str
 
@@ -42,10 +44,8 @@ Settings = dict[str, Setting]
 
 
 def _without_secrets(place: str) -> str:
-    _, _, rest = place.partition("://")
-    if rest and "@" in rest.partition("/")[0]:
-        said = "credentials in a place would be in logs; give them in the environment"
-        raise PydanticCustomError(SECRET, said)
+    if has_credentials(place):
+        raise PydanticCustomError(SECRET, NO_CREDENTIALS)
     return place
 
 
@@ -247,13 +247,13 @@ class Recipe(Part):
         """The same recipe with absolute paths, for workers that stand in other folders."""
         experts = {
             name: expert.model_copy(
-                update={"path": _absolute_folder(expert.path), "calibration": _absolute(expert.calibration)}
+                update={"path": absolute_folder(expert.path), "calibration": _absolute(expert.calibration)}
             )
             for name, expert in self.experts.items()
         }
         changes: dict[str, Any] = {"experts": experts, "evaluate": [_anchored(task) for task in self.evaluate]}
         if self.base is not None:
-            changes["base"] = _absolute_folder(self.base)
+            changes["base"] = absolute_folder(self.base)
         if self.search is not None:
             tasks = [_anchored(task) for task in self.search.evaluate]
             changes["search"] = self.search.model_copy(update={"evaluate": tasks})
@@ -274,7 +274,7 @@ def _absolute(path: str | None) -> str | None:
     return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
 
-def _absolute_folder(place: str) -> str:
+def absolute_folder(place: str) -> str:
     """A folder's absolute path; what is no folder is a hub id, and stays."""
     return str(_absolute(place)) if Path(place).expanduser().is_dir() else place
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from raymerge.checkpoint.model_folder import RECIPE
 from raymerge.errors import RayMergeError
 from raymerge.report import plots
 from raymerge.report.facts import EVALUATION
@@ -132,5 +133,5 @@ def _costs(run: Mapping[str, Any]) -> Section:
 
 
 def _recipe(merged: Path) -> Section:
-    text = (merged / "raymerge" / "recipe.yml").read_text(encoding="utf-8")
+    text = (merged / RECIPE).read_text(encoding="utf-8")
     return Section(name="recipe", title="Recipe", verbatim=text)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from raymerge.checkpoint.model_folder import RECIPE
 from raymerge.errors import RayMergeError
 from raymerge.models.blocks import natural_order
 from raymerge.plan.build import build_plan
@@ -26,7 +27,7 @@ def coefficients_sections(merged: Path) -> Iterator[Section]:
     sums: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, torch.Tensor] = {}
     with safe_open(str(path), framework="pt") as tensors:
-        named = sorted(load_recipe(merged / "raymerge" / "recipe.yml").experts, key=len, reverse=True)
+        named = sorted(load_recipe(merged / RECIPE).experts, key=len, reverse=True)
         for key in sorted(tensors.keys(), key=natural_order):
             # Names of experts may have dots in them.
             expert = next(one for one in named if key.startswith(f"{one}."))
@@ -52,7 +53,7 @@ def coefficients_sections(merged: Path) -> Iterator[Section]:
 
 def task_vectors_sections(merged: Path) -> Iterator[Section]:
     """How far task vectors agree by block, where the checkpoints are still there."""
-    recipe = load_recipe(merged / "raymerge" / "recipe.yml")
+    recipe = load_recipe(merged / RECIPE)
     try:
         plan = build_plan(recipe)
         found = measure_agreement(plan)

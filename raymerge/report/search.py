@@ -14,15 +14,17 @@ from raymerge.recipe.schema import Recipe, Search
 FACTS = "raymerge/search.json"
 
 
-def search_digest(plan: Plan, recipe: Recipe, hashes: Sequence[str]) -> str:
-    """Identifies a search: its inputs, its space, and its tasks with the `hashes` of their files.
+def search_digest(plans: Sequence[Plan], recipe: Recipe, hashes: Sequence[str]) -> str:
+    """Identifies a search: its `plans`, one for each method, its space, and its tasks with the `hashes` of their files.
 
     How many trials run at once is no part of it: a search may go on with another number.
     """
     assert recipe.search is not None
     asked = recipe.search.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"})
     tests = [task.model_dump(mode="json") for task in recipe.evaluate]
-    return hashlib.sha256(json.dumps([plan.digest, asked, tests, list(hashes)]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([[plan.digest for plan in plans], asked, tests, list(hashes)]).encode()
+    ).hexdigest()
 
 
 def write_search(

@@ -91,17 +91,17 @@ def run_beside_start(verb: Callable[[], Result]) -> Result:
     Until Ray's workers are there, pools work in the verb's own thread: a merge begins seconds earlier.
     """
     _ready.clear()
-    with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(verb)
-        try:
-            connect()
-            task = ray.remote(num_cpus=1)(_import)
-            coming = [task.remote() for _ in range(os.cpu_count() or 1)]
-            while not running.done() and not ray.wait(coming, timeout=0.05)[0]:
-                pass
-        finally:
-            _ready.set()
-        return running.result()
+    # Not waited for when this thread is interrupted: then it ends with the process.
+    running = ThreadPoolExecutor(1).submit(verb)
+    try:
+        connect()
+        task = ray.remote(num_cpus=1)(_import)
+        coming = [task.remote() for _ in range(os.cpu_count() or 1)]
+        while not running.done() and not ray.wait(coming, timeout=0.05)[0]:
+            pass
+    finally:
+        _ready.set()
+    return running.result()
 
 
 def _import() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from raymerge.checkpoint.kept import KEPT
 from raymerge.checkpoint.place import OutputPath
-from raymerge.errors import RayMergeError
+from raymerge.errors import RayMergeError, StorageError
 from raymerge.recipe.schema import Recipe, Search
 from raymerge.recipe.space import Axis, trial_recipe
 from raymerge.run.cluster import connect
@@ -23,7 +24,7 @@ from raymerge.run.journal import Journal, Trial
 from raymerge.run.merge import Progress
 from raymerge.run.nodes import look_around, memory_share
 from raymerge.run.shared import Shared
-from raymerge.run.suggest import PROBLEM, Suggester
+from raymerge.run.suggest import FAULT, PROBLEM, Suggester
 from raymerge.run.trial import Bench
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def run_search(job: SearchJob, folder: OutputPath, progress: Progress) -> list[T
     """All trials of a search, in the order they were begun; goes on with those that lie below `folder` already.
 
     After a kill, only trials that were running are begun again, with the numbers they had; early stopping compares with
-    trials since then. Raises RayMergeError if the search was stopped, or no trial came to its end; OutputError if it
-    cannot go on.
+    trials since then. Raises RayMergeError if the search was stopped, or no trial came to its end; StorageError if a
+    node cannot read or write; OutputError if it cannot go on.
     """
     connect()
     look_around(job.shared)
@@ -65,6 +66,8 @@ def run_search(job: SearchJob, folder: OutputPath, progress: Progress) -> list[T
     while left := suggester.num_open:
         before = suggester.num_ended
         _fit(job, suggester, left)
+        if suggester.fault is not None:
+            raise StorageError(f"search: {suggester.fault}; the same command goes on from there")
         if suggester.num_ended - before < left:
             raise RayMergeError(
                 f"search: stopped with {suggester.num_open} trials left; the same command goes on from there"
@@ -119,12 +122,16 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
     try:
         _examine(config, job)
     except Exception as problem:
-        # It would fail again, unlike a trial whose process or node was lost: that one Tune begins anew.
+        # It would fail again, unlike one whose process or node was lost, or whose node has no room or does not see.
+        kind = FAULT if isinstance(problem, StorageError) else PROBLEM
+        said = f"{socket.gethostname()}: {problem}" if kind == FAULT else _last_line(problem)
         nothing = {str(name): math.nan for name in job.search.objective}
-        tune.report({**nothing, PROBLEM: _last_line(problem), "percent": 100})
+        tune.report({**nothing, kind: said, "percent": 100})
 
 
 def _examine(config: dict[str, Any], job: SearchJob) -> None:
+    # Also on nodes that have joined since all were asked.
+    job.shared.require_here()
     torch.set_num_threads(max(1, int(job.search.cpus_per_trial)))
     recipe = trial_recipe(job.recipe, job.axes, config)
     bench = _bench("cuda" if recipe.compute.gpus_per_worker else "cpu", job.search.cpus_per_trial)

@@ -20,7 +20,7 @@ from typing import Any
 
 import raymerge
 from raymerge.checkpoint.place import RemotePath, output_path
-from raymerge.checkpoint.remote import is_remote
+from raymerge.checkpoint.remote import NO_CREDENTIALS, has_credentials, is_remote
 from raymerge.errors import RayMergeError, RecipeError, UserError
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
@@ -125,7 +125,12 @@ def pack(recipe: Path, folder: Path) -> None:
 
 
 def _check_place(place: str, where: str) -> None:
-    """Refuse a checkpoint by a path that means nothing on another machine; what is no folder here is a hub id."""
+    """Refuse a checkpoint by a path that means nothing on another machine; what is no folder here is a hub id.
+
+    Refuse one with credentials too: the dashboard shows what a job is given.
+    """
+    if has_credentials(place):
+        raise RecipeError(f"{where}: {NO_CREDENTIALS}")
     path = Path(place)
     if not is_remote(place) and not path.is_absolute() and (path.is_dir() or place.startswith((".", "~"))):
         raise RecipeError(

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from raymerge.errors import OutputError
+from raymerge.errors import OutputError, StorageError
 from raymerge.recipe.schema import Recipe
 from raymerge.recipe.space import Axis
 from raymerge.run.journal import Asked, Journal, Trial
@@ -19,6 +19,9 @@ from raymerge.run.sampler import draw, make_sampler, num_trials
 logger = logging.getLogger("raymerge")
 
 PROBLEM = "problem"
+"""What a trial says that would fail again."""
+FAULT = "fault"
+"""What a trial says that its node or the storage has failed."""
 # How often a trial is begun again because its process or node was lost.
 MAX_LOSSES = 3
 
@@ -50,6 +53,8 @@ class Suggester(Searcher):  # type: ignore[misc]
         self._losses: Counter[int] = Counter()
         self.num_ended = 0
         """How many of those handed out have come back, with a result or lost."""
+        self.fault: str | None = None
+        """Why the search cannot go on for now."""
         self._replay()
         # Whose process, or whose driver, was lost: they are handed out again.
         self._lost = [number for number in self._asked if number not in self._told]
@@ -65,12 +70,14 @@ class Suggester(Searcher):  # type: ignore[misc]
         return self._total - len(self._told)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The values of a trial by axis; FINISHED if there is none left to begin."""
+        """The values of a trial by axis; FINISHED if there is none left to begin, or none can be."""
+        if self.fault is not None:
+            return str(Searcher.FINISHED)
         if self._lost:
             number = self._lost.pop(0)
         elif len(self._asked) < self._total:
             number = self._ask()
-            self._journal.append(Asked(number=number, values=self._asked[number].params))
+            self._note(Asked(number=number, values=self._asked[number].params))
         else:
             return str(Searcher.FINISHED)
         self._running[trial_id] = number
@@ -81,10 +88,14 @@ class Suggester(Searcher):  # type: ignore[misc]
         """Take in what a trial reached; without a result its process was lost, and it will be begun again."""
         self.num_ended += 1
         number = self._running.pop(trial_id)
-        if error or not result:
+        if error or not result or FAULT in result:
             self._losses[number] += 1
             if self._losses[number] <= MAX_LOSSES:
                 self._lost.append(number)
+                return
+            if result and FAULT in result:
+                # Other trials would fare no better; this one is begun again by the same command.
+                self.fault = self.fault or result[FAULT]
                 return
             result = {PROBLEM: f"its process was lost {self._losses[number]} times"}
         names = [name for name in result if name in self._search.objective or name.startswith("score.")]
@@ -99,7 +110,7 @@ class Suggester(Searcher):  # type: ignore[misc]
             error=result.get(PROBLEM),
         )
         self._tell(trial)
-        self._journal.append(trial)
+        self._note(trial)
         self._say(trial)
 
     def save(self, checkpoint_path: str) -> None:
@@ -125,6 +136,15 @@ class Suggester(Searcher):  # type: ignore[misc]
         number: int = trial.number
         self._asked[number] = trial
         return number
+
+    def _note(self, event: Asked | Trial) -> None:
+        """Write to the journal, in which nothing is left out: after an event that could not be written, none is."""
+        if self.fault is None:
+            try:
+                self._journal.append(event)
+            except StorageError as problem:
+                # Tune would turn it into an error of its own.
+                self.fault = str(problem)
 
     def _tell(self, trial: Trial) -> None:
         self._told[trial.number] = trial

@@ -2,14 +2,18 @@
 
 import logging
 import os
+import socket
 import tempfile
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import ray.train
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raymerge.distill.engine import Engine, PlainEngine
 from raymerge.distill.student import Objective
@@ -28,8 +32,10 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
     The mailbox `box` gets the progress of rank 0, and from every rank its peak memory in bytes. A group that loses a
     worker is started anew, and goes on from the last finished block.
 
-    Raises what a worker raises, or RayMergeError if workers are lost more than three times.
+    Raises the error of ours that a worker raises; RayMergeError if one fails twice in the same way, or if workers are
+    lost more than three times.
     """
+    before = ""
     for losses in range(1, MAX_LOSSES + 2):
         try:
             _fit(job, workers, compute, box, node)
@@ -38,6 +44,10 @@ def train(job: DistillJob, workers: int, compute: Compute, box: Any, node: str |
             # It would be raised again, which is why Ray Train itself is not asked to start a group anew.
             if (cause := _raised_by_us(problem)) is not None:
                 raise cause from None
+            errors = _errors(problem)
+            if errors and errors == before:
+                raise RayMergeError(f"distillation: a worker failed, twice alike: {errors}") from problem
+            before = errors
             if losses > MAX_LOSSES:
                 raise RayMergeError(f"distillation: workers were lost {losses} times, at last: {problem}") from None
             logger.warning(f"a worker was lost ({losses} of at most {MAX_LOSSES} times): its group is started anew")
@@ -60,7 +70,7 @@ def _fit(job: DistillJob, workers: int, compute: Compute, box: Any, node: str | 
                 placement_strategy="PACK",
                 label_selector={"ray.io/node-id": node} if node else None,
             ),
-            torch_config=_OwnInterface(backend="nccl" if gpus else "gloo"),
+            torch_config=_TorchByAddress(backend="nccl" if gpus else "gloo"),
             run_config=RunConfig(
                 name="distill",
                 storage_path=storage,
@@ -69,21 +79,24 @@ def _fit(job: DistillJob, workers: int, compute: Compute, box: Any, node: str | 
         ).fit()
 
 
-class _InterfaceFirst(_TorchBackend):  # type: ignore[misc]
-    """Sets up torch.distributed where gloo has been told the network interface."""
+class _ByAddress(_TorchBackend):  # type: ignore[misc]
+    """Sets up torch.distributed where it listens on the nodes' addresses and no other: on one machine, on loopback."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_set_torch_distributed_env_vars)
         worker_group.execute(_choose_interface)
-        super().on_start(worker_group, backend_config)
+        address, port = worker_group.execute_single(0, _open_store)
+        join = (_join, backend_config.backend, address, port, backend_config.timeout_s)
+        ray.get([worker_group.execute_single_async(rank, *join) for rank in range(len(worker_group))])
 
 
 @dataclass
-class _OwnInterface(TorchConfig):  # type: ignore[misc]
-    """Ray Train's own set-up, but for the network interface."""
+class _TorchByAddress(TorchConfig):  # type: ignore[misc]
+    """Ray Train's own set-up, but for where it listens."""
 
     @property
     def backend_cls(self) -> type:
-        return _InterfaceFirst
+        return _ByAddress
 
 
 def _choose_interface() -> None:
@@ -94,6 +107,32 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+# Of rank 0, where the ranks find each other; it must outlive the fit.
+_stores: list[Any] = []
+
+
+def _open_store() -> tuple[str, int]:
+    """Open a store that listens on this node's address, where torch's own would on all; returns address and port."""
+    address = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, 0), family=family)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=True, master_listen_fd=listening.detach(), wait_for_workers=False, use_libuv=True
+    )
+    _stores.append(store)
+    return address, port
+
+
+def _join(backend: str, address: str, port: int, timeout_seconds: int) -> None:
+    timeout = timedelta(seconds=timeout_seconds)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+    # DeepSpeed looks for these.
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
 def _raised_by_us(problem: Exception) -> RayMergeError | None:
     """The first of our own errors that a worker raised."""
     for failure in getattr(problem, "worker_failures", {}).values():
@@ -101,6 +140,14 @@ def _raised_by_us(problem: Exception) -> RayMergeError | None:
             if isinstance(cause, RayMergeError):
                 return cause
     return None
+
+
+def _errors(problem: Exception) -> str:
+    """What the workers raised themselves; empty if one was lost, for which others then raise something too."""
+    failures = getattr(problem, "worker_failures", {}).values()
+    if any(isinstance(failure, WorkerHealthCheckFailedError | ray.exceptions.RayError) for failure in failures):
+        return ""
+    return "; ".join(sorted({str(failure).strip().splitlines()[-1] for failure in failures}))
 
 
 def _train_loop(config: dict[str, Any]) -> None:

@@ -62,6 +62,8 @@ def test_places_that_are_not_there(storage: Storage, tmp_path: Path) -> None:
         open_checkpoint("s3://no-such-bucket/x")
     with pytest.raises(CheckpointError, match="s3:// or gs:// is expected"):
         open_checkpoint("ftp://host/x")
+    with pytest.raises(CheckpointError, match="^credentials in a place would be in logs; give them in the environment"):
+        open_checkpoint("s3://KEY:SECRET@models/a")
 
 
 def test_what_is_kept_is_not_asked_for_again(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raymerge.checkpoint import workspace
-from raymerge.checkpoint.workspace import open_workspace
+from raymerge.checkpoint.workspace import is_whole, open_workspace
 from raymerge.errors import OutputError
 
 
@@ -28,9 +28,9 @@ def test_an_output_appears_whole(tmp_path: Path) -> None:
         assert not found.finished
         (found.folder / "model.safetensors").write_bytes(b"12345")
         (found.folder / "left.tmp").write_text("")
-        assert found.is_whole("model.safetensors", 5)
-        assert not found.is_whole("model.safetensors", 6)
-        assert not found.is_whole("other.safetensors", 0)
+        assert is_whole(found.folder / "model.safetensors", 5)
+        assert not is_whole(found.folder / "model.safetensors", 6)
+        assert not is_whole(found.folder / "other.safetensors", 0)
         assert not out.exists()
         found.publish()
     assert files(out) == ["model.safetensors", "raymerge/plan.sha256"]

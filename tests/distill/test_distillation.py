@@ -1,7 +1,9 @@
 """ProDistill end to end on small models: what is learned, resumed, refused, reported."""
 
 import json
+from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,11 @@ from samples import make_family
 from tiny import load, weights
 
 from raymerge import api
-from raymerge.errors import LearningError, MemoryBudgetError, RecipeError
+from raymerge.checkpoint.workspace import Workspace
+from raymerge.checkpoint.writer import write_tensors
+from raymerge.errors import LearningError, MemoryBudgetError, RecipeError, StorageError
+from raymerge.plan import units as units_module
+from raymerge.plan.units import PlanUnits
 
 
 def units_of(out: Path) -> list[dict[str, Any]]:
@@ -67,6 +73,58 @@ def test_stopped_after_any_unit_it_goes_on(tmp_path: Path, schedule: dict[str, A
         assert weights(out) == weights(tmp_path / "expected")
         ours, theirs = units_of(out), units_of(tmp_path / "expected")
         assert [u["losses"] for u in ours] == [u["losses"] for u in theirs]
+
+
+def test_what_it_goes_on_from_outlives_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = make_family(tmp_path) | {"output": {"coefficients": True}}
+    api.merge(asked, tmp_path / "expected", local=True)
+
+    def full(_: object) -> None:
+        raise StorageError("no space is left")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match="no space is left"):
+        patched.setattr(Workspace, "publish", full)
+        api.merge(asked, tmp_path / "out", local=True)
+    api.merge(asked, tmp_path / "out", local=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+    assert [unit["losses"] for unit in units_of(tmp_path / "out")] == [
+        unit["losses"] for unit in units_of(tmp_path / "expected")
+    ]
+    names = [{path.relative_to(out).as_posix() for path in out.rglob("*")} for out in tmp_path.glob("[oe][ux]*")]
+    assert names[0] == names[1] and "raymerge/units" not in names[0]
+
+
+def test_ranks_agree_on_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 says; another that does not see its file yet, as on a network file system, waits for it."""
+    plan = api.plan(make_family(tmp_path))
+    drafts = tmp_path / "out" / "raymerge" / "units"
+
+    class Rank1:
+        rank, size = 1, 2
+
+        def __init__(self, rank0_sees: bool) -> None:
+            self.rank0_sees = rank0_sees
+
+        def add_up(self, value: float) -> float:
+            return value + self.rank0_sees
+
+        def wait(self) -> None: ...
+
+    def units(rank0_sees: bool) -> PlanUnits:
+        nothing: Any = None
+        return PlanUnits(plan, tmp_path / "out", nothing, nothing, Rank1(rank0_sees))
+
+    write = partial(write_tensors, drafts / "encoder.layer.0.draft.safetensors", {"u": torch.ones(3)})
+    timer = Timer(0.5, write)
+    timer.start()
+    found = units(rank0_sees=True).draft("encoder.layer.0")
+    timer.join()
+    assert found is not None and found["u"].tolist() == [1, 1, 1]
+    # A file that only this rank sees was written by nobody of this group.
+    assert units(rank0_sees=False).draft("encoder.layer.0") is None
+    monkeypatch.setattr(units_module, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(StorageError, match=r"encoder.layer.1 was written by another node, and this one does not see"):
+        units(rank0_sees=True).draft("encoder.layer.1")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Real groups of Ray Train workers under DeepSpeed: every stage and any number of ranks fit the same curve."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from command import descendants
 from samples import make_family
 from tiny import load
 
 from raymerge import api
 from raymerge.errors import RecipeError
+from raymerge.run.merge import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -20,10 +24,10 @@ def curves(out: Path) -> list[list[float]]:
     return [unit["losses"] for unit in facts["units"]]
 
 
-def compare(folder: Path, compute: dict[str, Any], **settings: Any) -> None:
-    asked = make_family(folder, **settings)
+def compare(folder: Path, compute: dict[str, Any], progress: Progress | None = None) -> None:
+    asked = make_family(folder)
     api.merge(asked, folder / "alone", local=True)
-    api.merge({**asked, "compute": compute}, folder / "group")
+    api.merge({**asked, "compute": compute}, folder / "group", progress=progress)
     alone, group = curves(folder / "alone"), curves(folder / "group")
     assert len(alone) == len(group) == 3
     for ours, theirs in zip(group, alone, strict=True):
@@ -44,7 +48,16 @@ def test_two_ranks_share_what_is_learned(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_every_stage(tmp_path: Path, stage: int) -> None:
-    compare(tmp_path, {"workers": 2, "zero_stage": stage})
+    """On one machine, its ranks are reached from this machine alone."""
+    listening: set[str] = set()
+
+    def look(*_: object) -> None:
+        family = [psutil.Process(), *descendants(os.getpid())]
+        found = [each for one in family for each in one.net_connections("tcp") if each.status == "LISTEN"]
+        listening.update(each.laddr.ip.removeprefix("::ffff:") for each in found)
+
+    compare(tmp_path, {"workers": 2, "zero_stage": stage}, progress=look)
+    assert listening == {"127.0.0.1"}
 
 
 @pytest.mark.slow

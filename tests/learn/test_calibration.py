@@ -61,9 +61,12 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
 
 
 def test_messages_that_do_not_fit(tmp_path: Path) -> None:
-    data = write(tmp_path, messages=[[{"role": "system", "content": "w1"}]])
-    with pytest.raises(RecipeError, match="experts.a.calibration: messages do not fit the chat template: .*no system"):
-        read_batches([find_calibration("a", data)], reading(tmp_path))
+    said = [[{"role": "user", "content": f"w{i}"}] for i in range(20)]
+    said[17] = [{"role": "system", "content": "w1"}]
+    data = write(tmp_path, messages=said)
+    some = reading(tmp_path, samples=20)
+    with pytest.raises(RecipeError, match=r"calibration: row 17: messages do not fit the chat template: .*no system"):
+        read_batches([find_calibration("a", data)], some)
 
 
 def test_rows_are_chosen_by_seed_and_expert(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from command import descendants, raymerge, started, wait
 from tiny import make_llama, recipe, weights
@@ -104,6 +105,24 @@ def test_a_killed_worker_is_replaced(place: Path) -> None:
         assert process.returncode == 0, errors
     assert weights(place / "out") == expected(place)
     assert not list((place / "out").rglob("*.tmp"))
+
+
+def test_interrupted_it_stops_at_once(place: Path) -> None:
+    """Whatever its workers do, and goes on by the same command."""
+    content = json.loads((place / "recipe.yml").read_text()) | {"settings": {"seconds": 2.0}}
+    (place / "recipe.yml").write_text(json.dumps(content))
+    with started("merge", "recipe.yml", "out", "--workers", "2", cwd=place) as process:
+        wait(lambda: descendants(process.pid, "ray::_call"), process)
+        workers = descendants(process.pid, "ray::_call")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 130 and "stopped; the same command goes on from here" in errors
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not (place / "out").exists() and (place / "out.partial").exists()
+    (place / "fast").write_text("")
+    again = raymerge("merge", "recipe.yml", "out", "--local", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert weights(place / "out") == expected(place)
 
 
 def test_two_processes_on_one_output(place: Path) -> None:

@@ -16,8 +16,10 @@ from tiny import recipe as plain
 
 from raymerge import api
 from raymerge.errors import RecipeError
+from raymerge.plan.build import build_plan
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.space import axes, first_recipes, trial_recipe
+from raymerge.report.search import search_digest
 from raymerge.run.trial import Bench
 
 
@@ -209,6 +211,17 @@ def test_the_best_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "out" / "journal").exists()
 
 
+def test_all_methods_of_a_search_identify_it(tmp_path: Path) -> None:
+    space = {"method": {"choices": ["task_arithmetic", "ties"]}}
+    asked = family(tmp_path, space=space, trials=2) | {"method": "ties"}
+    digests = set()
+    for density in (0.2, 0.5):
+        loaded = load_recipe({**asked, "settings": {"density": density}})
+        plans = [build_plan(one) for one in first_recipes(loaded, axes(loaded))]
+        digests.add(search_digest(plans, loaded, ()))
+    assert len(digests) == 2
+
+
 def test_a_method_that_fits_nowhere_is_refused_at_once(tmp_path: Path) -> None:
     asked = family(tmp_path, space={"method": {"choices": ["task_arithmetic", "slerp"]}})
     with pytest.raises(RecipeError, match="slerp"):
@@ -294,7 +307,10 @@ def test_distillations_as_trials_and_bad_ones_stopped(tmp_path: Path) -> None:
         tmp_path, space={"settings.epochs": {"low": 1, "high": 3}}, trials=4, searcher="random", stop_early=True
     )
     asked |= {"method": "prodistill", "settings": {"batch_size": 6, "samples": 12, "max_length": 12}}
-    api.search(asked, tmp_path / "out")
+    found = api.search(asked, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
     assert all(isinstance(row["settings.epochs"], int) and 1 <= row["settings.epochs"] <= 3 for row in rows)
     assert any(row["share_of_rows"] == 1.0 for row in rows)
+    # In as many threads as this machine has; a trial has one.
+    best = api.evaluate(found.out / "merged", {**asked, "evaluate": asked["search"]["evaluate"]})
+    assert best.mean == pytest.approx(found.facts["objectives"]["mean_score"], abs=0.05)

@@ -9,12 +9,12 @@ import pytest
 from ray.tune.search import Searcher
 from samples import make_family
 
-from raymerge.errors import OutputError
+from raymerge.errors import OutputError, StorageError
 from raymerge.recipe.load import load_recipe
 from raymerge.recipe.schema import Recipe
 from raymerge.recipe.space import axes
 from raymerge.run.journal import Journal
-from raymerge.run.suggest import MAX_LOSSES, PROBLEM, Suggester
+from raymerge.run.suggest import FAULT, MAX_LOSSES, PROBLEM, Suggester
 
 SPACE = {"settings.coefficient": {"low": 0.0, "high": 1.0, "per": "expert", "step": 0.125}}
 FINISHED = Searcher.FINISHED
@@ -87,6 +87,40 @@ def test_a_lost_trial_is_begun_again(tmp_path: Path) -> None:
     (trial,) = one.trials
     assert trial.error == "its process was lost 4 times" and one.num_ended == 4
     assert one.suggest("1") != values
+
+
+def test_a_fault_of_nodes_ends_no_trial(tmp_path: Path) -> None:
+    """Another node may do better; where none does, the search ends, and goes on with the same trial."""
+    recipe = make_recipe(tmp_path, trials=2)
+    one = suggester(recipe, tmp_path / "out")
+    values = one.suggest("first")
+    for time in range(MAX_LOSSES):
+        one.on_trial_complete("first" if time == 0 else f"again-{time - 1}", {FAULT: "node-7: the disk is full"})
+        assert one.fault is None and one.suggest(f"again-{time}") == values
+    one.on_trial_complete(f"again-{MAX_LOSSES - 1}", {FAULT: "node-7: the disk is full"})
+    assert one.fault == "node-7: the disk is full" and one.suggest("more") == FINISHED
+    assert not one.trials
+    assert suggester(recipe, tmp_path / "out").suggest("next") == values
+
+
+def test_a_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was being written then is lost, and nothing after it is written: a journal has no holes."""
+    recipe = make_recipe(tmp_path)
+    one = suggester(recipe, tmp_path / "out")
+    go_on(one, 4)
+    written = Journal.append
+
+    def full(*_: object) -> None:
+        raise StorageError("out/journal: no space is left")
+
+    values = [one.suggest(name) for name in ("x", "y")]
+    monkeypatch.setattr(Journal, "append", full)
+    one.on_trial_complete("x", result(values[0]))  # type: ignore[arg-type]
+    monkeypatch.setattr(Journal, "append", written)
+    one.on_trial_complete("y", result(values[1]))  # type: ignore[arg-type]
+    assert one.fault == "out/journal: no space is left" and one.suggest("z") == FINISHED
+    again = suggester(recipe, tmp_path / "out")
+    assert len(again.trials) == 4 and [again.suggest(name) for name in ("x", "y")] == values
 
 
 def test_a_journal_of_another_sampler(tmp_path: Path) -> None:
