@@ -91,6 +91,7 @@ def test_a_killed_driver_without_ray(place: Path) -> None:
     assert weights(place / "out") == expected(place)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(place: Path) -> None:
     # The driver merges alone until workers are there, and shall not be done by then.
     content = json.loads((place / "recipe.yml").read_text()) | {"settings": {"seconds": 2.0}}
@@ -107,6 +108,7 @@ def test_a_killed_worker_is_replaced(place: Path) -> None:
     assert not list((place / "out").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_interrupted_it_stops_at_once(place: Path) -> None:
     """Whatever its workers do, and goes on by the same command."""
     content = json.loads((place / "recipe.yml").read_text()) | {"settings": {"seconds": 2.0}}
