@@ -5,7 +5,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ def merge(
     target = output_path(out)
     with _open(target, planned.digest, overwrite) as workspace:
         if workspace.finished:
-            discard_units(workspace.out)
+            _discard(discard_units, workspace.out)
             return MergeResult(
                 out=workspace.out,
                 plan=planned,
@@ -152,7 +152,7 @@ def merge(
             resumed=resumed,
         )
         workspace.publish()
-        discard_units(workspace.out)
+        _discard(discard_units, workspace.out)
     return MergeResult(
         out=workspace.out, plan=planned, elapsed_seconds=elapsed, peak_bytes=peak, shards_resumed=resumed
     )
@@ -183,7 +183,7 @@ def search(
     from raymerge.report.page import write_report
     from raymerge.report.search import read_search, search_digest, write_search
     from raymerge.report.trials import best_of, write_trials
-    from raymerge.run.journal import Journal
+    from raymerge.run.journal import discard_journal
     from raymerge.run.sampler import make_sampler
     from raymerge.run.search import SearchJob, run_search
     from raymerge.run.shared import Shared
@@ -201,7 +201,7 @@ def search(
     target = output_path(out)
     with _open(target, search_digest(plans, loaded, task_hashes(loaded)), overwrite) as workspace:
         if workspace.finished:
-            Journal(workspace.out).discard()
+            _discard(discard_journal, workspace.out)
             return SearchResult(out=workspace.out, facts=read_search(workspace.out))
         examiner = make_examiner(loaded, asked, str(planned.locations[planned.tokenizer.model]))
         shared = Shared(folder=None, locations=planned.locations)
@@ -225,7 +225,7 @@ def search(
             merged.copy_small(workspace.staging / "merged")
         write_report(workspace.staging, workspace.out.name)
         workspace.publish()
-        Journal(workspace.out).discard()
+        _discard(discard_journal, workspace.out)
     return SearchResult(out=workspace.out, facts=read_search(workspace.out))
 
 
@@ -319,6 +319,14 @@ def _open(out: OutputPath, digest: str, overwrite: bool) -> AbstractContextManag
     if isinstance(out, RemotePath):
         return open_remote_workspace(out, digest, overwrite)
     return open_workspace(out, digest, overwrite)
+
+
+def _discard(discard: Callable[[OutputPath], None], out: OutputPath) -> None:
+    """Remove from an output what only served to go on after a kill."""
+    try:
+        discard(out)
+    except StorageError as problem:
+        logger.warning(f"{out}: is whole; what is no longer needed there could not be removed: {problem}")
 
 
 def _name(out: OutputPath) -> str:

@@ -224,7 +224,9 @@ def demo(
 
         run_demo(out, workers=workers, quiet=quiet)
 
-    _run(verb)
+    from raymerge.run.cluster import run_beside_start
+
+    run_beside_start(verb)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def descendants(pid: int, title: str = "") -> list[psutil.Process]:
         return [one for one in psutil.Process(pid).children(recursive=True) if title in _title(one)]
     except psutil.NoSuchProcess:
         return []
+
+
+def listening() -> set[str]:
+    """The addresses that this process and its descendants listen on."""
+    found = set()
+    for one in (psutil.Process(), *descendants(os.getpid())):
+        # Some end meanwhile.
+        with suppress(psutil.Error):
+            found |= {each.laddr.ip for each in one.net_connections("tcp") if each.status == "LISTEN"}
+    return {address.removeprefix("::ffff:") for address in found}
 
 
 def _title(process: psutil.Process) -> str:

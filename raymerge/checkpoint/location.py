@@ -44,6 +44,9 @@ class Location:
 
     def ranged(self, name: str) -> RangedFile:
         """A file on object storage, of which ranges are to be read. Raises CheckpointError if there is none."""
+        if name not in _remote_files(self.path):
+            # As it was listed for a plan before.
+            _remote_files.cache_clear()
         files = _remote_files(self.path)
         if name not in files:
             raise CheckpointError(f"{self}/{name}: no such file; is the checkpoint complete?")

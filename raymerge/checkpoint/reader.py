@@ -14,7 +14,7 @@ from torch import Tensor
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.location import Location
 from raymerge.checkpoint.ranges import StreamedFile
-from raymerge.errors import StorageError
+from raymerge.errors import CheckpointError, StorageError
 
 # The largest exponent means infinity or NaN: sign-less bits at or above this, by dtype.
 _NON_FINITE = {
@@ -100,7 +100,11 @@ class Reader:
             if found is not None:
                 found.close()
             self._pool = self._pool or ThreadPoolExecutor(len(self._locations))
-            found = StreamedFile(self._locations[tensor.model].ranged(tensor.file), self._pool)
+            try:
+                found = StreamedFile(self._locations[tensor.model].ranged(tensor.file), self._pool)
+            except CheckpointError as problem:
+                # It was there when this was planned.
+                raise StorageError(f"{self.where(tensor)}: cannot be read: {problem}") from None
             self._remote[tensor.model] = found
         return found
 
@@ -114,11 +118,11 @@ class Reader:
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         for file in self._remote.values():
             file.close()
         self._remote.clear()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

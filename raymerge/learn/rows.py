@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from raymerge.checkpoint.remote import ATTEMPTS, is_remote, open_filesystem
-from raymerge.errors import RecipeError, nearest
+from raymerge.errors import RayMergeError, RecipeError, StorageError, nearest
 
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
@@ -22,7 +22,8 @@ Fits = Callable[[pa.DataType], bool]
 class Rows:
     """The rows of a data file or folder. `where` is the place in the recipe that names it, for errors.
 
-    Raises RecipeError: no file, a file of another kind, a damaged file, no rows.
+    Raises RecipeError: no file, a file of another kind, a damaged file, no rows; StorageError where object storage
+    fails.
     """
 
     def __init__(self, data: str, where: str) -> None:
@@ -37,7 +38,7 @@ class Rows:
         try:
             infos = self._filesystem.get_file_info(self._files)
         except OSError as problem:
-            raise self.error(f"cannot be read: {problem}") from None
+            raise self._unreadable(problem) from None
         return ", ".join(f"{info.path} {info.size} {info.mtime_ns}" for info in infos)
 
     def file_hashes(self) -> frozenset[str]:
@@ -48,7 +49,7 @@ class Rows:
                 with self._filesystem.open_input_stream(path) as stream:
                     found.add(hashlib.file_digest(stream, "sha256").hexdigest())
         except OSError as problem:
-            raise self.error(f"cannot be read: {problem}") from None
+            raise self._unreadable(problem) from None
         return frozenset(found)
 
     def require(self, wanted: Mapping[str, Fits]) -> None:
@@ -89,6 +90,11 @@ class Rows:
         """An error about this data."""
         return RecipeError(f"{self.where}: {self.data} {what}")
 
+    def _unreadable(self, problem: Exception) -> RayMergeError:
+        if is_remote(self.data) and isinstance(problem, OSError):
+            return StorageError(f"{self.where}: {self.data} cannot be read: {problem}")
+        return self.error(f"cannot be read: {problem}")
+
     def _find(self) -> tuple[pa.fs.FileSystem, list[str]]:
         """The file system, and the paths of the files there."""
         try:
@@ -104,7 +110,7 @@ class Rows:
                     raise self.error(f"is a folder without files ending in {' or '.join(_SUFFIXES)}")
                 return filesystem, files
         except (pa.ArrowException, OSError) as problem:
-            raise self.error(f"cannot be read: {problem}") from None
+            raise self._unreadable(problem) from None
         if not path.endswith(_SUFFIXES):
             raise self.error(f"was found; a file ending in {' or '.join(_SUFFIXES)}, or a folder, is expected")
         if info.type != pa.fs.FileType.File:
@@ -120,7 +126,7 @@ class Rows:
             try:
                 yield from batches
             except (pa.ArrowException, OSError) as problem:
-                raise self.error(f"cannot be read: {problem}") from None
+                raise self._unreadable(problem) from None
 
     def _open(self, file: str, names: Sequence[str] | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """The columns of a file and its rows in batches."""
@@ -141,7 +147,7 @@ class Rows:
             reader = pyarrow.json.open_json(handle, read_options=pyarrow.json.ReadOptions(block_size=16 * 2**20))
             return reader.schema, iter(reader)
         except (pa.ArrowException, OSError) as problem:
-            raise self.error(f"cannot be read: {problem}") from None
+            raise self._unreadable(problem) from None
 
 
 def is_text(kind: pa.DataType) -> bool:

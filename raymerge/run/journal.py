@@ -60,12 +60,13 @@ class Journal:
         write_text(self._folder / f"{self._length:06}.json", json.dumps(asdict(event)) + "\n")
         self._length += 1
 
-    def discard(self) -> None:
-        """Remove what only served to go on after a kill. Raises StorageError."""
-        remove_tree(self._folder)
-
     def _names(self) -> list[str]:
         if isinstance(self._folder, RemotePath):
             return self._folder.files()
         # A file that was being written at a kill has another suffix.
         return sorted(path.name for path in self._folder.glob("*.json"))
+
+
+def discard_journal(out: OutputPath) -> None:
+    """Remove what only served to go on after a kill. Raises StorageError."""
+    remove_tree(out / FOLDER)

@@ -14,13 +14,12 @@ import torch
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
-from raymerge.checkpoint.kept import KEPT
 from raymerge.checkpoint.place import OutputPath
-from raymerge.errors import RayMergeError, StorageError
+from raymerge.errors import CheckpointError, RayMergeError, StorageError
 from raymerge.recipe.schema import Recipe, Search
 from raymerge.recipe.space import Axis, trial_recipe
 from raymerge.run.cluster import connect
-from raymerge.run.journal import Journal, Trial
+from raymerge.run.journal import Journal, Trial, discard_journal
 from raymerge.run.merge import Progress
 from raymerge.run.nodes import look_around, memory_share
 from raymerge.run.shared import Shared
@@ -75,7 +74,7 @@ def run_search(job: SearchJob, folder: OutputPath, progress: Progress) -> list[T
     found = suggester.trials
     if not any(trial.is_whole for trial in found):
         # Nothing that is worth going on from.
-        journal.discard()
+        discard_journal(folder)
         raise RayMergeError(f"search: no trial came to its end; the first said: {found[0].error}")
     return found
 
@@ -112,9 +111,8 @@ def _fit(job: SearchJob, suggester: Suggester, count: int) -> None:
 
 @lru_cache(maxsize=1)
 def _bench(device: str, num_cpus: float) -> Bench:
-    """What the trials of this process share; half of the memory that is theirs may hold what they read."""
-    KEPT.make_room(memory_share(num_cpus) // 2)
-    return Bench(device)
+    """What the trials of this process share."""
+    return Bench(device, memory_share(num_cpus))
 
 
 def _trial(config: dict[str, Any], job: SearchJob) -> None:
@@ -122,8 +120,9 @@ def _trial(config: dict[str, Any], job: SearchJob) -> None:
     try:
         _examine(config, job)
     except Exception as problem:
-        # It would fail again, unlike one whose process or node was lost, or whose node has no room or does not see.
-        kind = FAULT if isinstance(problem, StorageError) else PROBLEM
+        # It would fail again, unlike one whose process or node was lost, or whose node has no room, or does not see the
+        # checkpoints that were there when the search was planned.
+        kind = FAULT if isinstance(problem, StorageError | CheckpointError) else PROBLEM
         said = f"{socket.gethostname()}: {problem}" if kind == FAULT else _last_line(problem)
         nothing = {str(name): math.nan for name in job.search.objective}
         tune.report({**nothing, kind: said, "percent": 100})

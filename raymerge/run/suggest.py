@@ -22,7 +22,7 @@ PROBLEM = "problem"
 """What a trial says that would fail again."""
 FAULT = "fault"
 """What a trial says that its node or the storage has failed."""
-# How often a trial is begun again because its process or node was lost.
+# How often a trial is begun again because its process was lost; and how often because of a fault.
 MAX_LOSSES = 3
 
 
@@ -51,6 +51,8 @@ class Suggester(Searcher):  # type: ignore[misc]
         self._told: dict[int, Trial] = {}
         self._running: dict[str, int] = {}
         self._losses: Counter[int] = Counter()
+        self._faults: Counter[int] = Counter()
+        self._is_broken = False
         self.num_ended = 0
         """How many of those handed out have come back, with a result or lost."""
         self.fault: str | None = None
@@ -78,6 +80,8 @@ class Suggester(Searcher):  # type: ignore[misc]
         elif len(self._asked) < self._total:
             number = self._ask()
             self._note(Asked(number=number, values=self._asked[number].params))
+            if self.fault is not None:
+                return str(Searcher.FINISHED)
         else:
             return str(Searcher.FINISHED)
         self._running[trial_id] = number
@@ -85,17 +89,23 @@ class Suggester(Searcher):  # type: ignore[misc]
         return found
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Take in what a trial reached; without a result its process was lost, and it will be begun again."""
+        """Take in what a trial reached; it will be begun again after a fault, or if there is no result: then its
+        process was lost.
+        """
         self.num_ended += 1
         number = self._running.pop(trial_id)
-        if error or not result or FAULT in result:
+        if result and FAULT in result:
+            self._faults[number] += 1
+            if self._faults[number] <= MAX_LOSSES:
+                self._lost.append(number)
+            else:
+                # It names the node, without which the same command may go on.
+                self.fault = self.fault or result[FAULT]
+            return
+        if error or not result:
             self._losses[number] += 1
             if self._losses[number] <= MAX_LOSSES:
                 self._lost.append(number)
-                return
-            if result and FAULT in result:
-                # Other trials would fare no better; this one is begun again by the same command.
-                self.fault = self.fault or result[FAULT]
                 return
             result = {PROBLEM: f"its process was lost {self._losses[number]} times"}
         names = [name for name in result if name in self._search.objective or name.startswith("score.")]
@@ -139,12 +149,14 @@ class Suggester(Searcher):  # type: ignore[misc]
 
     def _note(self, event: Asked | Trial) -> None:
         """Write to the journal, in which nothing is left out: after an event that could not be written, none is."""
-        if self.fault is None:
-            try:
-                self._journal.append(event)
-            except StorageError as problem:
-                # Tune would turn it into an error of its own.
-                self.fault = str(problem)
+        if self._is_broken:
+            return
+        try:
+            self._journal.append(event)
+        except StorageError as problem:
+            # Tune would turn it into an error of its own.
+            self._is_broken = True
+            self.fault = str(problem)
 
     def _tell(self, trial: Trial) -> None:
         self._told[trial.number] = trial

@@ -13,7 +13,7 @@ import ray.train
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from raymerge.distill.engine import Engine, PlainEngine
 from raymerge.distill.student import Objective
@@ -145,7 +145,8 @@ def _raised_by_us(problem: Exception) -> RayMergeError | None:
 def _errors(problem: Exception) -> str:
     """What the workers raised themselves; empty if one was lost, for which others then raise something too."""
     failures = getattr(problem, "worker_failures", {}).values()
-    if any(isinstance(failure, WorkerHealthCheckFailedError | ray.exceptions.RayError) for failure in failures):
+    lost = WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError | ray.exceptions.RayError
+    if any(isinstance(failure, lost) for failure in failures):
         return ""
     return "; ".join(sorted({str(failure).strip().splitlines()[-1] for failure in failures}))
 

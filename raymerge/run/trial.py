@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raymerge.checkpoint.header import DTYPES
 from raymerge.checkpoint.index import open_checkpoint
+from raymerge.checkpoint.kept import KEPT
 from raymerge.checkpoint.model_folder import HEADS
 from raymerge.distill.engine import Alone, PlainEngine
 from raymerge.models import heads, load
@@ -44,10 +45,11 @@ class _Network:
 
 
 class Bench:
-    """Keeps what trials have in common."""
+    """Keeps what trials have in common; what is read from object storage in half of the `memory_bytes` they leave."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", memory_bytes: int = 0) -> None:
         self._device = device
+        self._memory_bytes = memory_bytes
         self._tensors: dict[str, Tensor] = {}
         self._networks: dict[str | None, _Network] = {}
         self._config: Mapping[str, Any] | None = None
@@ -58,6 +60,10 @@ class Bench:
         The models are good until the next call. Raises UserError of every kind.
         """
         planned = build_plan(recipe)
+        if self._config is None:
+            # Merged tensors, and the models that they fill.
+            needed = planned.cost.peak_bytes_per_worker + 2 * planned.cost.bytes_written
+            KEPT.make_room(max(0, self._memory_bytes - needed) // 2)
         begun = time.perf_counter()
         self._merge(planned)
         elapsed = time.perf_counter() - begun

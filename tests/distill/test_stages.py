@@ -113,4 +113,5 @@ def test_stages_lie_on_different_nodes(tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(json.dumps(asked))
     found = python(TWO_NODES, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.strip().endswith("2 nodes")
+    # Ray warns there too.
+    assert "2 nodes" in found.stdout.splitlines()

@@ -1,14 +1,12 @@
 """Real groups of Ray Train workers under DeepSpeed: every stage and any number of ranks fit the same curve."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from command import descendants
+from command import listening
 from samples import make_family
 from tiny import load
 
@@ -49,15 +47,9 @@ def test_two_ranks_share_what_is_learned(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("stage", [0, 1])
 def test_every_stage(tmp_path: Path, stage: int) -> None:
     """On one machine, its ranks are reached from this machine alone."""
-    listening: set[str] = set()
-
-    def look(*_: object) -> None:
-        family = [psutil.Process(), *descendants(os.getpid())]
-        found = [each for one in family for each in one.net_connections("tcp") if each.status == "LISTEN"]
-        listening.update(each.laddr.ip.removeprefix("::ffff:") for each in found)
-
-    compare(tmp_path, {"workers": 2, "zero_stage": stage}, progress=look)
-    assert listening == {"127.0.0.1"}
+    found: set[str] = set()
+    compare(tmp_path, {"workers": 2, "zero_stage": stage}, progress=lambda *_: found.update(listening()))
+    assert found == {"127.0.0.1"}
 
 
 @pytest.mark.slow

@@ -2,9 +2,8 @@
 
 import os
 
-import psutil
 import pytest
-from command import descendants
+from command import listening
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -12,7 +11,6 @@ def test_nothing_listens_beyond_loopback() -> None:
     import ray
 
     ray.get(ray.remote(lambda: None).remote())
-    family = [psutil.Process(), *descendants(os.getpid())]
-    listening = {each.laddr.ip for one in family for each in one.net_connections("tcp") if each.status == "LISTEN"}
-    assert listening and all(ip.removeprefix("::ffff:").startswith("127.") for ip in listening), listening
+    found = listening()
+    assert found and all(address.startswith("127.") for address in found), found
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -100,7 +100,12 @@ def test_a_fault_of_nodes_ends_no_trial(tmp_path: Path) -> None:
     one.on_trial_complete(f"again-{MAX_LOSSES - 1}", {FAULT: "node-7: the disk is full"})
     assert one.fault == "node-7: the disk is full" and one.suggest("more") == FINISHED
     assert not one.trials
-    assert suggester(recipe, tmp_path / "out").suggest("next") == values
+    again = suggester(recipe, tmp_path / "out")
+    assert again.suggest("next") == values
+    # What ends after that is kept.
+    again.fault = "node-7: the disk is full"
+    again.on_trial_complete("next", result(values))  # type: ignore[arg-type]
+    assert len(suggester(recipe, tmp_path / "out").trials) == 1
 
 
 def test_a_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
