@@ -13,7 +13,9 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 HANGS_SECONDS = 400
-COMMAND = (sys.executable, "-c", "from raymerge.cli import main; main()")
+# Ctrl-C works as in a terminal, also where the tests run in the background of a shell.
+_AS_IN_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = (sys.executable, "-c", f"{_AS_IN_A_TERMINAL}; from raymerge.cli import main; main()")
 
 
 def environment(**more: str) -> dict[str, str]:
