@@ -292,7 +292,7 @@ def _measure_if_missing(out: OutputPath) -> None:
     if recipe.evaluate:
         try:
             _measure_all(merged, recipe)
-        except UserError as problem:
+        except (UserError, StorageError) as problem:
             logger.warning(f"scores are not in the report: {problem}")
 
 

@@ -35,7 +35,7 @@ NO_CREDENTIALS = "credentials in a place would be in logs; give them in the envi
 
 def has_credentials(text: str) -> bool:
     """A place with a user before its host, as `s3://KEY:SECRET@bucket`."""
-    return is_remote(text) and "@" in text.split("/")[2]
+    return "@" in text.partition("://")[2].partition("/")[0]
 
 
 @lru_cache(maxsize=64)
